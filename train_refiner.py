@@ -1,0 +1,699 @@
+"""The main job: train tokenizer, backbone and refiners on toy visual sentences, and show what refinement repaired.
+
+    python train_refiner.py                    # preset toy: about 10 minutes on 2 CPU cores
+
+Five stages, each a function below, in the order of the method:
+
+    1. tokenizer   a VQGAN turns images into tokens                     tokenizer.pt
+    2. backbone    a GPT learns whole visual sentences, next token      backbone.pt
+    3. rollouts    the frozen backbone generates, with its mistakes     rollouts.pt
+    4. refiners    learn to undo those mistakes, cosine loss            refiner_tokens.pt, refiner_hidden.pt
+    5. evaluation  on sentences of the test split                       metrics.json and four pictures
+
+A stage whose checkpoint lies in --out with the same configuration is reused. All functions are plain; the
+training loops are flat: batch, forward, loss, step, log.
+"""
+
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import vqgan
+import vsr
+from data import TASKS, DataConfig, UserError
+from vqgan import VQGAN, VQGANConfig, scheduled_rate
+from vsr import GPT, GPTConfig, Refiner, RefinerConfig
+
+STAGES = ("tokenizer", "backbone", "rollouts", "refiner")
+CONFIGS = {"data": DataConfig, "vqgan": VQGANConfig, "gpt": GPTConfig, "refiner": RefinerConfig}
+
+# The defaults of the dataclasses are the preset `toy`; the others say where they differ.
+PRESETS = {
+    "smoke": {
+        "data": {"train_sentences": 512, "eval_sentences": 96},
+        "vqgan": {"channels": 48, "steps": 150, "batch_size": 32},
+        "gpt": {"layers": 2, "width": 64, "steps": 100, "batch_size": 16},
+        "refiner": {"layers": 1, "width": 64, "rollouts": 256, "steps": 60, "batch_size": 32},
+    },
+    "toy": {},
+    "paper": {
+        "data": {"image_size": 256, "train_sentences": 100_000, "eval_sentences": 1000},
+        "vqgan": {"factor": 16, "codebook_size": 8192, "code_dim": 32, "channels": 512, "steps": 100_000,
+                  "batch_size": 128, "learning_rate": 3e-4, "gan_weight": 0.5},
+        "gpt": {"layers": 24, "heads": 16, "width": 1024, "steps": 100_000, "batch_size": 64, "learning_rate": 3e-4},
+        "refiner": {"layers": 6, "heads": 8, "width": 512, "rollouts": 20_000, "steps": 20_000, "batch_size": 128,
+                    "learning_rate": 3e-4},
+    },
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 2: the backbone
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, total: int, device, autocast):
+    """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU, and tasks (total,)."""
+    small = torch.int16 if tokenizer.config.codebook_size < 2**15 else torch.int32
+    tokens, tasks = [], []
+    for images, task in tqdm(sentences.batches(split, total), f"encode {split}", -(-total // 64), mininterval=1):
+        with autocast:
+            encoded = tokenizer.encode(images.flatten(0, 1).to(device))
+        tokens.append(encoded.view(*images.shape[:2], -1).to("cpu", small))
+        tasks.append(task)
+    return torch.cat(tokens), torch.cat(tasks)
+
+
+def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices inside the Transformer blocks, AdamW for everything else.
+
+    Muon (Jordan et al., 2024) orthogonalises the update of a matrix. After 500 steps of the backbone its
+    validation loss is 1.20, AdamW's 1.55 at the best of two learning rates, at 6 % more time a step.
+    """
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int, compile: bool = False):
+    """Pretrain the backbone on whole sentences with next-token cross-entropy.
+
+    train, val: tokens (S, 2K+2, N). Returns the frozen model and the log; `val_loss` is on 128 held-out
+    sentences, all tokens, `val_target_loss` and `val_target_accuracy` on the tokens of their last image.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    _, num_images, N = train.shape
+    model = GPT(config, codebook_size, N, num_images).to(device)
+    optimizers = make_optimizers(model, config.learning_rate)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    step_model = torch.compile(model) if compile else model
+    val = val[:128].flatten(1).long().to(device)
+    log = {"step": [], "loss": [], "val_step": [], "val_loss": [], "val_target_loss": [], "val_target_accuracy": []}
+
+    bar = tqdm(range(config.steps), desc="backbone", unit="step", mininterval=1)
+    for step in bar:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
+        chosen = torch.randint(len(train), (config.batch_size,), generator=generator)
+        tokens = train[chosen].flatten(1).long().to(device)  # (B, T)
+        with autocast:
+            logits = step_model(tokens)  # (B, T, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+        if step % 20 == 0 or step == config.steps - 1:
+            if not torch.isfinite(loss):
+                raise UserError(f"backbone: the loss is {loss.item()} at step {step}; try a lower --gpt-learning-rate")
+            log["step"].append(step)
+            log["loss"].append(loss.item())
+            rate = config.batch_size * tokens.shape[1] * (bar.format_dict["rate"] or 0)
+            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+        if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
+            model.eval()
+            with torch.no_grad(), autocast:
+                logits = torch.cat([model(part).float() for part in val.split(32)])
+            model.train()
+            losses = F.cross_entropy(logits.flatten(0, 1), val.flatten(), reduction="none").view(val.shape)
+            right = (logits[:, -N:].argmax(-1) == val[:, -N:]).float()
+            log["val_step"].append(step)
+            log["val_loss"].append(losses.mean().item())
+            log["val_target_loss"].append(losses[:, -N:].mean().item())
+            log["val_target_accuracy"].append(right.mean().item())
+    return model.eval().requires_grad_(False), log
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 3: rollouts
+# --------------------------------------------------------------------------------------------------
+
+
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch_size: int = 256, **sampling) -> torch.Tensor:
+    """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
+    device = backbone.head.weight.device
+    generated = []
+    for part in tqdm(tokens.split(batch_size), desc="rollouts", unit="batch", mininterval=1):
+        prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
+        with autocast:
+            generated.append(backbone.generate(prompt, part.shape[2], **sampling).tokens.to("cpu", tokens.dtype))
+    return torch.cat(generated)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 4: refiners
+# --------------------------------------------------------------------------------------------------
+
+
+def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, inputs: str, autocast):
+    """The hidden states of rollouts, in one parallel pass: (S, N, C) in bfloat16, or None where not read.
+
+    Only the tokens of a rollout are kept on disk; its states are read again here, which is cheap, since all
+    positions go through the backbone at once. Returns hidden and context.
+    """
+    hidden, context = [], []
+    if inputs == "tokens":
+        return None, None
+    device = backbone.head.weight.device
+    for part, y in zip(tokens.split(128), generated.split(128), strict=True):
+        with autocast:
+            rollout = backbone.read(part[:, :-1].flatten(1).long().to(device), y.long().to(device))
+        hidden.append(rollout.hidden.bfloat16().cpu())
+        if inputs == "context":
+            context.append(rollout.context.bfloat16().cpu())
+    return torch.cat(hidden), torch.cat(context) if context else None
+
+
+def train_refiner(config: RefinerConfig, inputs: str, backbone: GPT, codebook, grid, train, val, device, dtype, seed: int):
+    """Train one refiner on rollouts of the frozen backbone.
+
+    train, val: pairs (tokens (S, 2K+2, N), generated (S, N)). codebook: (V, D), frozen.
+    Returns the refiner and the log; `val_loss` is the cosine loss on held-out rollouts.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    refiner = Refiner(config, inputs, grid, codebook.shape[1], backbone.config.width).to(device)
+    optimizers = make_optimizers(refiner, config.learning_rate)
+    hidden, context = read_states(backbone, *train, inputs, autocast)
+    val_hidden, val_context = read_states(backbone, *val, inputs, autocast)
+
+    def batch_loss(pairs, hidden, context, chosen):
+        y, y_true = pairs[1][chosen].long().to(device), pairs[0][chosen, -1].long().to(device)  # (B, N)
+        states = [None if s is None else s[chosen].to(device) for s in (hidden, context)]
+        with autocast:
+            refined = refiner(codebook[y], *states)  # (B, N, D)
+        return vsr.cosine_loss(refined, codebook[y_true])
+
+    log = {"step": [], "loss": [], "val_step": [], "val_loss": []}
+    bar = tqdm(range(config.steps), desc=f"refiner ({inputs})", unit="step", mininterval=1)
+    for step in bar:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
+        chosen = torch.randint(len(train[1]), (config.batch_size,), generator=generator)
+        loss = batch_loss(train, hidden, context, chosen)
+        refiner.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+        if step % 20 == 0 or step == config.steps - 1:
+            if not torch.isfinite(loss):
+                raise UserError(f"refiner: the loss is {loss.item()} at step {step}; try a lower --refiner-learning-rate")
+            log["step"].append(step)
+            log["loss"].append(loss.item())
+        if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
+            refiner.eval()
+            with torch.no_grad():
+                parts = torch.arange(len(val[1])).split(128)
+                total = sum(batch_loss(val, val_hidden, val_context, part).item() * len(part) for part in parts)
+            refiner.train()
+            log["val_step"].append(step)
+            log["val_loss"].append(total / len(val[1]))
+            bar.set_postfix(loss=f"{loss.item():.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
+    return refiner.eval().requires_grad_(False), log
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 5: evaluation
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: torch.Tensor, autocast, seed: int = 0) -> dict:
+    """What every method writes for the last image of test sentences: tokens (S, 2K+2, N) -> {method: (S, N)}.
+
+    `teacher_forced` sees the true prefix at each position: what the backbone would do had it made no mistake
+    before. `vqgan_limit` is the truth itself, so its images show what the tokenizer alone loses.
+    """
+    device = backbone.head.weight.device
+    codebook = tokenizer.codebook.vectors
+    generator = torch.Generator().manual_seed(seed)
+    written = {}
+    for part in tokens.split(64):
+        prompt, y_true = part[:, :-1].flatten(1).long().to(device), part[:, -1].long().to(device)
+        N = y_true.shape[1]
+        with autocast:
+            rollout = backbone.generate(prompt, N)
+            now = {
+                "vqgan_limit": y_true,
+                "teacher_forced": backbone.head(backbone.read(prompt, y_true).hidden).argmax(-1),
+                "ar_greedy": rollout.tokens,
+                "ar_sampled": backbone.generate(prompt, N, temperature=1.0, generator=generator).tokens,
+                "expected_embedding": vsr.expected_embedding(backbone.head(rollout.hidden), codebook),
+            }
+            for inputs, refiner in refiners.items():
+                now[f"refined_{inputs}"], _ = vsr.refine(
+                    refiner, codebook, rollout.tokens, hidden=rollout.hidden, context=rollout.context
+                )
+        for method, y in now.items():
+            written.setdefault(method, []).append(y.cpu())
+    return {method: torch.cat(parts) for method, parts in written.items()}
+
+
+@torch.no_grad()
+def decode_images(tokenizer: VQGAN, tokens: torch.Tensor, autocast) -> torch.Tensor:
+    """Tokens (S, N) -> images (S, 3, H, W) in [-1, 1] on the CPU, in batches."""
+    device = tokenizer.codebook.weight.device
+    with autocast:
+        return torch.cat([tokenizer.decode(part.long().to(device)).cpu() for part in tokens.split(128)])
+
+
+def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: torch.Tensor, autocast) -> dict:
+    """Measure each method on all sentences and task by task, against the true images (S, 3, H, W)."""
+    codebook = tokenizer.codebook.vectors.cpu()
+    y_true = written["vqgan_limit"]
+    scores = {}
+    for method, y in written.items():
+        error = vsr.cosine_error(y, y_true, codebook)  # (S, N)
+        quality = vqgan.psnr(decode_images(tokenizer, y, autocast), truth)  # (S,)
+        scores[method] = {}
+        for name in ("all", *TASKS):
+            rows = torch.ones_like(task, dtype=torch.bool) if name == "all" else task == TASKS.index(name)
+            by_position = error[rows].mean(0)  # (N,)
+            scores[method][name] = {
+                "cosine_error": by_position.mean().item(),
+                "auc": by_position.sum().item(),
+                "token_accuracy": (y == y_true)[rows].float().mean().item(),
+                "psnr": quality[rows].mean().item(),
+                "cosine_error_by_position": by_position.tolist(),
+            }
+    return scores
+
+
+def gaps_closed(scores: dict) -> dict:
+    """`gap_closed` of each refiner, over all and by task, against the backbone's better decoding of the two."""
+    closed = {}
+    for method in scores:
+        if method.startswith("refined_") or method == "expected_embedding":
+            closed[method] = {}
+            for name, score in scores[method].items():
+                baseline = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
+                forced = scores["teacher_forced"][name]["cosine_error"]
+                closed[method][name] = vsr.gap_closed(baseline, score["cosine_error"], forced)
+    return closed
+
+
+def seconds_of(function, device, repeats: int = 5) -> float:
+    """Median wall time of a call in seconds, after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+@torch.no_grad()
+def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: torch.Tensor, autocast) -> dict:
+    """How fast generation and refinement are, on one batch of at most 64 sentences (S, 2K+2, N).
+
+    `cached_speedup` compares `generate` with a loop that has no KV cache. Of that loop's N steps every eighth
+    is timed and counted eight times. `refine_share_of_generation_time` is for the refiner that reads most.
+    """
+    device = backbone.head.weight.device
+    codebook = tokenizer.codebook.vectors
+    part = tokens[:64].long().to(device)
+    prompt, (B, N) = part[:, :-1].flatten(1), part[:, -1].shape
+    with autocast:
+        rollout = backbone.generate(prompt, N)
+        cached = seconds_of(lambda: backbone.generate(prompt, N), device)
+        uncached = 0.0
+        for t in range(0, N, 8):
+            inputs = backbone.shifted(torch.cat([prompt, rollout.tokens[:, : t + 1]], dim=1))  # (B, P+t+1)
+            uncached += 8 * seconds_of(lambda: backbone.head(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
+        states = {"hidden": rollout.hidden, "context": rollout.context}
+        refining = {n: seconds_of(lambda: vsr.refine(r, codebook, rollout.tokens, **states), device) for n, r in refiners.items()}  # noqa: B023
+    slowest = max(refining.values())
+    return {
+        "generate_tokens_per_s": B * N / cached,
+        "cached_speedup": uncached / cached,
+        "refine_images_per_s": B / slowest,
+        "refine_share_of_generation_time": slowest / cached,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and the table
+# --------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    "teacher_forced": "#2a9d4a",
+    "ar_greedy": "#d1495b",
+    "ar_sampled": "#edae49",
+    "expected_embedding": "#8d99ae",
+    "refined_tokens": "#66a5e0",
+    "refined_hidden": "#1d4e9e",
+    "refined_context": "#5e3c99",
+}
+
+
+def plot_error_by_position(path, scores: dict) -> None:
+    """The paper's Figure 2 on the toy: cosine error by token position, AUC in the legend; one panel a task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained", dpi=120)
+    for axis, name in zip(figure.subplots(1, 4), ("all", *TASKS), strict=True):
+        for method, colour in COLOURS.items():
+            if method in scores and method != "ar_sampled":
+                error = torch.tensor(scores[method][name]["cosine_error_by_position"])
+                smooth = F.avg_pool1d(F.pad(error[None, None], (3, 3), mode="replicate"), 7, 1)[0, 0]
+                axis.plot(error, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(smooth, color=colour, label=f"{method}  AUC {error.sum():.2f}")
+        axis.set(title=name, xlabel="token position t (raster order)", ylim=(0, None))
+        axis.legend(fontsize=6.5, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("cosine error")
+    data.write_whole(path, figure.savefig)
+
+
+def plot_training(path, logs: dict) -> None:
+    """All losses of all stages, training (thin) and validation (dots)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained", dpi=120)
+    left, right, middle, last = figure.subplots(1, 4)
+    log = logs["tokenizer"]
+    for name in ("reconstruction", "gradient", "commitment"):
+        left.plot(log["step"], log[name], label=name)
+    for name in ("generator", "discriminator"):
+        if any(log[name]):
+            left.plot(log["step"], [abs(v) for v in log[name]], label=f"|{name}|", linewidth=0.8)
+    left.set(title="tokenizer", yscale="log", ylabel="loss")
+    right.plot(log["step"], log["codes_in_use"], label="codes used lately")
+    right.set(title="tokenizer", ylim=(0, None), ylabel="codes")
+    log = logs["backbone"]
+    middle.plot(log["step"], log["loss"], label="training", linewidth=0.8)
+    middle.plot(log["val_step"], log["val_loss"], "o-", markersize=3, label="validation")
+    middle.plot(log["val_step"], log["val_target_loss"], "o-", markersize=3, label="validation, last image")
+    middle.set(title="backbone", ylabel="cross-entropy in nats per token")
+    for name, log in logs.items():
+        if name.startswith("refiner_"):
+            colour = COLOURS[name.replace("refiner", "refined")]
+            last.plot(log["step"], log["loss"], color=colour, linewidth=0.6, alpha=0.6)
+            last.plot(log["val_step"], log["val_loss"], "o-", color=colour, markersize=3, label=f"{name}, validation")
+    last.set(title="refiners", ylabel="cosine loss")
+    for axis in figure.axes:
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    data.write_whole(path, figure.savefig)
+
+
+def save_samples(path, tokenizer: VQGAN, written: dict, images, task, best: str, autocast, per_task: int = 3) -> None:
+    """Rows of test sentences: demonstrations, query, greedy, refined, truth, token-error maps before and after.
+
+    The rows are the first sentences of each task, not chosen ones. images: (S, 2K+2, 3, H, W).
+    """
+    codebook = tokenizer.codebook.vectors.cpu()
+    rows, labels = [], []
+    for number, name in enumerate(TASKS):
+        for i in (task == number).nonzero().flatten()[:per_task].tolist():
+            y, y_refined, y_true = (written[m][i : i + 1] for m in ("ar_greedy", best, "vqgan_limit"))
+            greedy, refined = decode_images(tokenizer, torch.cat([y, y_refined]), autocast)
+            maps = [vsr.cosine_error(v, y_true, codebook).view(tokenizer.grid) for v in (y, y_refined)]
+            rows.append([*images[i, :-1], greedy, refined, images[i, -1], *maps])
+            labels.append(name)
+    demos = [f"{role} {k + 1}" for k in range(images.shape[1] // 2 - 1) for role in ("source", "target")]
+    heads = [*demos, "query", "greedy", "refined", "truth", "error\nbefore", "error\nafter"]
+    data.save_picture(path, rows, labels, heads)
+
+
+def format_table(scores: dict, closed: dict) -> str:
+    """The results as text, one line a method."""
+    lines = [
+        f"{'':20}{'cosine error (lower is better)':^40}{'gap':>7}{'token':>8}{'PSNR in dB':^32}",
+        f"{'':20}{'all':>10}{'colorize':>10}{'inpaint':>10}{'edges':>10}{'closed':>7}{'acc.':>8}"
+        f"{'all':>8}{'color':>8}{'inpaint':>8}{'edges':>8}",
+    ]
+    for method, score in scores.items():
+        gap = f"{closed[method]['all']:.2f}" if method in closed else ""
+        errors = "".join(f"{score[name]['cosine_error']:10.4f}" for name in ("all", *TASKS))
+        quality = "".join(f"{score[name]['psnr']:8.2f}" for name in ("all", *TASKS))
+        lines.append(f"{method:20}{errors}{gap:>7}{score['all']['token_accuracy']:8.3f}{quality}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def sizes(config: dict) -> tuple[int, tuple[int, int], int]:
+    """From the configuration in a checkpoint: V, the grid (h, w) of an image's tokens, images in a sentence."""
+    side = config["data"]["image_size"] // config["vqgan"]["factor"]
+    return config["vqgan"]["codebook_size"], (side, side), 2 * config["data"]["num_demos"] + 2
+
+
+def build_backbone(checkpoint: dict, device) -> GPT:
+    """Rebuild the frozen backbone from its checkpoint."""
+    V, (h, w), num_images = sizes(checkpoint["config"])
+    model = GPT(GPTConfig(**checkpoint["config"]["gpt"]), V, h * w, num_images)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_refiner(checkpoint: dict, device) -> Refiner:
+    """Rebuild a trained refiner from its checkpoint."""
+    config = checkpoint["config"]
+    _, grid, _ = sizes(config)
+    code_dim, hidden_dim = config["vqgan"]["code_dim"], config["gpt"]["width"]
+    model = Refiner(RefinerConfig(**config["refiner"]), config["inputs"], grid, code_dim, hidden_dim)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_run(folder, device) -> tuple[VQGAN, GPT, dict, dict]:
+    """All models of a finished run: tokenizer, backbone, {inputs: refiner}, and the configuration they share.
+
+    Raises UserError, naming the file, if a checkpoint is missing or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--run {folder}: no such folder; `python train_refiner.py` makes one")
+    tokenizer = vqgan.build_tokenizer(data.load_checkpoint(folder / "tokenizer.pt"), device)
+    checkpoint = data.load_checkpoint(folder / "backbone.pt")
+    refiners = {
+        inputs: build_refiner(data.load_checkpoint(folder / f"refiner_{inputs}.pt"), device)
+        for inputs in vsr.INPUTS
+        if (folder / f"refiner_{inputs}.pt").is_file()
+    }
+    if not refiners:
+        raise UserError(f"--run {folder}: no refiner_*.pt in it; `python train_refiner.py --out {folder}` goes on")
+    return tokenizer, build_backbone(checkpoint, device), refiners, checkpoint["config"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    """Name the first field in which two nested configurations differ, with both values; None if they agree."""
+    for name in new:
+        if isinstance(new[name], dict):
+            found = first_difference(old.get(name, {}), new[name], f"{prefix}{name}.")
+            if found:
+                return found
+        elif old.get(name) != new[name]:
+            return f"{prefix}{name} = {old.get(name)}, now {new[name]}"
+    return None
+
+
+def reuse(path: Path, config: dict, stage: str, fresh: bool) -> dict | None:
+    """The checkpoint of a finished stage, if there is one with this configuration. Raises UserError for another."""
+    if fresh or not path.is_file():
+        return None
+    checkpoint = data.load_checkpoint(path)
+    difference = first_difference(checkpoint["config"], config)
+    if difference:
+        raise UserError(f"{path} was made with {difference}: give another --out, or --fresh {stage} to train again from there")
+    print(f"{stage}: reusing {path}")
+    return checkpoint
+
+
+def describe(config: dict, device) -> dict:
+    """Parameter counts of all models, printed with an estimate of the memory that pretraining the backbone takes."""
+    images = 2 * config["data"].num_demos + 2
+    with torch.device("meta"):
+        tokenizer = VQGAN(config["vqgan"], config["data"].image_size)
+        N, V = tokenizer.tokens_per_image, config["vqgan"].codebook_size
+        backbone = GPT(config["gpt"], V, N, images)
+        refiner = Refiner(config["refiner"], "hidden", tokenizer.grid, config["vqgan"].code_dim, config["gpt"].width)
+    models = {"tokenizer": tokenizer, "backbone": backbone, "refiner": refiner}
+    params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    tokens = config["gpt"].batch_size * images * N
+    # Weights, gradients and AdamW's two moments are 16 bytes a parameter. Activations in bfloat16 with fused
+    # attention: about 34 bytes per token, layer and channel (Korthikanti et al., 2022); logits: three float32 copies.
+    memory = 16 * params["backbone"] + tokens * (34 * config["gpt"].layers * config["gpt"].width + 12 * V)
+    print(f"device {device}, {images} images a sentence, {N} tokens an image, {images * N} tokens a sentence, V = {V}")
+    for name, count in params.items():
+        print(f"  {name:10}{count / 1e6:10.3f} M parameters")
+    print(f"  backbone training, batch {config['gpt'].batch_size}: about {memory / 2**30:.1f} GiB")
+    return params
+
+
+def parse_arguments():
+    parser = data.Parser(description="Train tokenizer, backbone and refiners; measure what refinement repaired.")
+    parser.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of everything (default: toy)")
+    parser.add_argument("--out", default=None, help="folder for checkpoints, metrics and pictures (default: runs/PRESET)")
+    parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and batches")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    parser.add_argument("--inputs", nargs="+", choices=vsr.INPUTS, default=["tokens", "hidden"], help="refiners to train")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone's training")
+    parser.add_argument(
+        "--fresh", nargs="?", const="tokenizer", choices=STAGES, help="train again from this stage on (default: from the first)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, train nothing")
+    for name, config_class in CONFIGS.items():
+        parser.add_config(config_class, "" if name == "data" else f"{name}_")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    device = data.pick_device(args.device)
+    dtype = data.pick_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    config = {}
+    for name, config_class in CONFIGS.items():
+        prefix = "" if name == "data" else f"{name}_"
+        config[name] = data.config_from_flags(args, config_class, prefix, PRESETS[args.preset].get(name))
+    if config["refiner"].rollouts > config["data"].train_sentences:
+        raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    params = describe(config, device)
+    if args.dry_run:
+        return
+    out = Path(args.out or f"runs/{args.preset}")
+    data.check_writable(out)
+    from_stage = STAGES.index(args.fresh) if args.fresh else len(STAGES)
+    sentences = data.Sentences(config["data"], args.seed)
+    run = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
+    scenes = {name: getattr(config["data"], name) for name in ("data", "image_size", "num_demos")}
+    seconds, logs = {}, {}
+
+    # 1. The tokenizer
+    path, began = out / "tokenizer.pt", time.perf_counter()
+    stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
+    checkpoint = reuse(path, stage_config, "tokenizer", from_stage <= 0)
+    if checkpoint is None:
+        model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, args.seed)
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
+        data.save_checkpoint(path, checkpoint)
+    tokenizer = vqgan.build_tokenizer(checkpoint, device)
+    codebook = tokenizer.codebook.vectors
+    logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
+
+    # 2. The backbone
+    path, began = out / "backbone.pt", time.perf_counter()
+    train_tokens, _ = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
+    val_tokens, _ = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
+    stage_config |= {"gpt": asdict(config["gpt"]), "train_sentences": config["data"].train_sentences}
+    stage_config |= {"eval_sentences": config["data"].eval_sentences}
+    checkpoint = reuse(path, stage_config, "backbone", from_stage <= 1)
+    if checkpoint is None:
+        trained = time.perf_counter()
+        model, log = train_backbone(
+            config["gpt"], train_tokens, val_tokens, len(codebook), device, dtype, args.seed, args.compile
+        )
+        now = time.perf_counter()
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": now - began}
+        checkpoint["tokens_per_s"] = config["gpt"].steps * config["gpt"].batch_size * train_tokens[0].numel() / (now - trained)
+        data.save_checkpoint(path, checkpoint)
+    backbone = build_backbone(checkpoint, device)
+    logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
+    gpt_tokens_per_s = checkpoint["tokens_per_s"]
+
+    # 3. Rollouts of the frozen backbone
+    path, began = out / "rollouts.pt", time.perf_counter()
+    train_tokens = train_tokens[: config["refiner"].rollouts]
+    stage_config |= {"rollouts": config["refiner"].rollouts}
+    checkpoint = reuse(path, stage_config, "rollouts", from_stage <= 2)
+    if checkpoint is None:
+        checkpoint = {
+            "config": stage_config,
+            "train": make_rollouts(backbone, train_tokens, autocast),
+            "val": make_rollouts(backbone, val_tokens, autocast),
+            "seconds": time.perf_counter() - began,
+        }
+        data.save_checkpoint(path, checkpoint)
+    train, val = (train_tokens, checkpoint["train"]), (val_tokens, checkpoint["val"])
+    seconds["rollouts"] = checkpoint["seconds"]
+
+    # 4. The refiners
+    refiners = {}
+    for inputs in args.inputs:
+        path, began = out / f"refiner_{inputs}.pt", time.perf_counter()
+        refiner_config = {**stage_config, "refiner": asdict(config["refiner"]), "inputs": inputs}
+        checkpoint = reuse(path, refiner_config, "refiner", from_stage <= 3)
+        if checkpoint is None:
+            model, log = train_refiner(
+                config["refiner"], inputs, backbone, codebook, tokenizer.grid, train, val, device, dtype, args.seed
+            )
+            checkpoint = {
+                "config": refiner_config,
+                "model": model.state_dict(),
+                "log": log,
+                "seconds": time.perf_counter() - began,
+            }
+            data.save_checkpoint(path, checkpoint)
+        refiners[inputs] = build_refiner(checkpoint, device)
+        params[f"refiner_{inputs}"] = sum(p.numel() for p in refiners[inputs].parameters())
+        logs[f"refiner_{inputs}"], seconds[f"refiner_{inputs}"] = checkpoint["log"], checkpoint["seconds"]
+
+    # 5. Evaluation on the test split
+    began = time.perf_counter()
+    test_images, test_task = data.joined(sentences.batches("test", config["data"].eval_sentences))
+    test_tokens, _ = encode_sentences(tokenizer, sentences, "test", config["data"].eval_sentences, device, autocast)
+    written = decode_methods(tokenizer, backbone, refiners, test_tokens, autocast, args.seed)
+    scores = score_methods(tokenizer, written, test_images[:, -1], test_task, autocast)
+    closed = gaps_closed(scores)
+    throughput = measure_throughput(tokenizer, backbone, refiners, test_tokens, autocast)
+    best = f"refined_{args.inputs[-1]}"
+    plot_error_by_position(out / "error_by_position.png", scores)
+    plot_training(out / "training.png", logs)
+    save_samples(out / "samples.png", tokenizer, written, test_images, test_task, best, autocast)
+    vqgan.save_reconstructions(out / "reconstructions.png", tokenizer, sentences, "test", autocast)
+    seconds["evaluation"] = time.perf_counter() - began
+    log = logs["backbone"]
+    metrics = {
+        "config": {**run, "device": str(device), "preset": args.preset, **{name: asdict(c) for name, c in config.items()}},
+        "seconds": seconds,
+        "params": params,
+        "tokenizer": vqgan.evaluate(tokenizer, sentences, "val", autocast),
+        "backbone": {name: log[name][-1] for name in ("loss", "val_loss", "val_target_loss", "val_target_accuracy")},
+        "methods": scores,
+        "gap_closed": closed,
+        "throughput": {"gpt_train_tokens_per_s": gpt_tokens_per_s, **throughput},
+    }
+    data.save_json(out / "metrics.json", metrics)
+
+    print(f"\n{config['data'].eval_sentences} test sentences of {config['data'].data}, K = {config['data'].num_demos}\n")
+    print(format_table(scores, closed))
+    print("\ntokenizer   " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["tokenizer"].items() if v is not None))
+    print("backbone    " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["backbone"].items()))
+    print("throughput  " + ", ".join(f"{k} {v:,.3g}" for k, v in metrics["throughput"].items()))
+    print("seconds     " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f", all {sum(seconds.values()):.0f}")
+    print(f"\nwrote metrics.json, error_by_position.png, samples.png, reconstructions.png and training.png to {out}")
+
+
+if __name__ == "__main__":
+    data.run_command(main)
