@@ -67,7 +67,7 @@ class DataConfig:
 # Scenes drawn by code
 # --------------------------------------------------------------------------------------------------
 
-BACKGROUNDS = torch.tensor([[242, 236, 224], [176, 192, 210], [92, 100, 84], [44, 50, 68]]) / 127.5 - 1  # (4, 3)
+BACKGROUNDS = torch.tensor([[250, 244, 234], [200, 216, 236], [40, 56, 42], [24, 28, 40]]) / 127.5 - 1  # (4, 3)
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "diamond")
 GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 
@@ -76,9 +76,10 @@ def palette(kinds: int) -> torch.Tensor:
     """Two shades of one hue for each kind of object: (kinds, 2 shades, 3 channels) in [-1, 1].
 
     The hue is fixed by the kind, the shade is free. So the grey value alone does not give the colour away:
-    to colorize an object, a model has to recognise it.
+    to colorize an object, a model has to recognise it. No object is as light or as dark as a background, so
+    that none vanishes in the grey image.
     """
-    rgb = [[colorsys.hsv_to_rgb(k / kinds, 0.85, v) for v in (0.6, 0.95)] for k in range(kinds)]
+    rgb = [[colorsys.hsv_to_rgb((k + 0.5) / kinds, 0.75, v) for v in (0.65, 0.95)] for k in range(kinds)]
     return (torch.tensor(rgb) * 255).round() / 127.5 - 1
 
 
@@ -169,7 +170,10 @@ def load_image(path, size: int) -> torch.Tensor:
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # 16 bits a pixel: Pillow would clip, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -181,7 +185,7 @@ def load_image(path, size: int) -> torch.Tensor:
 
 
 def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
-    """Read every image below `folder`; a file that cannot be read is named and skipped.
+    """Read every image below `folder`; a file that cannot be read is named and skipped, a copy is left out.
 
     Returns {"train", "val", "test": (n, 3, size, size) uint8}, held in memory (3 KB an image at 32 x 32).
     If `folder` has sub-folders train, val and test, they are the splits. Otherwise each image's content
@@ -194,7 +198,7 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
     if not files:
         raise UserError(f"--data folder:{folder}: no image files ({', '.join(IMAGE_ENDINGS)}) in it")
-    found = {split: [] for split in SPLITS}
+    found, seen = {split: [] for split in SPLITS}, set()
     for path in files:
         try:
             image = load_image(path, size)
@@ -202,8 +206,10 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
             print(f"skipped {error}", file=sys.stderr)
             continue
         split = path.relative_to(root).parts[0] if given else SPLITS[split_of(image[None])]
-        if split in found:
-            found[split].append(to_uint8(image))
+        pixels = to_uint8(image)
+        if split in found and (key := pixels.numpy().tobytes()) not in seen:  # a copy could be demonstration and query
+            seen.add(key)
+            found[split].append(pixels)
     counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())
     if min(len(images) for images in found.values()) < 4:
         raise UserError(f"--data folder:{folder}: too few images ({counts}); each split needs at least 4, so add more")
@@ -228,9 +234,9 @@ def colorize(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Te
 
 
 def inpaint(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image with a black square hole, 3/8 of its side, at a random place -> the whole RGB image."""
+    """Image with a black square hole, 5/16 of its side, at a random place -> the whole RGB image."""
     n, _, size, _ = images.shape
-    hole = size * 3 // 8
+    hole = size * 5 // 16
     corner = torch.randint(size - hole + 1, (2, n, 1), generator=generator)  # rows and columns
     offset = torch.arange(size) - corner  # (2, n, S)
     rows, columns = (offset >= 0) & (offset < hole)

@@ -123,11 +123,11 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.count <= 64:
         raise UserError(f"--count {args.count}: expected a number from 1 to 64")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < float("inf") or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature and --top-k cannot be negative, and --top-p lies above 0 and up to 1")
-    for flag, path, endings in (("--out", args.out, data.IMAGE_ENDINGS), ("--gif", args.gif, (".gif",))):
+    for flag, path, endings in (("--out", args.out, (".png", ".jpg", ".webp")), ("--gif", args.gif, (".gif",))):
         if path and Path(path).suffix.lower() not in endings:
-            raise UserError(f"{flag} {path}: expected a file name that ends in {', '.join(endings[:1])}")
+            raise UserError(f"{flag} {path}: expected a file name that ends in {' or '.join(endings)}")
         if path:
             data.check_writable(Path(path).parent, flag)
     device = data.pick_device(args.device)

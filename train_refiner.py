@@ -14,6 +14,7 @@ A stage whose checkpoint lies in --out with the same configuration is reused. Al
 training loops are flat: batch, forward, loss, step, log.
 """
 
+import math
 import statistics
 import time
 from dataclasses import asdict
@@ -143,7 +144,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
 # --------------------------------------------------------------------------------------------------
 
 
-def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch_size: int = 256, **sampling) -> torch.Tensor:
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch_size: int = 64, **sampling) -> torch.Tensor:
     """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
     device = backbone.head.weight.device
     generated = []
@@ -252,10 +253,10 @@ def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: torc
             rollout = backbone.generate(prompt, N)
             now = {
                 "vqgan_limit": y_true,
-                "teacher_forced": backbone.head(backbone.read(prompt, y_true).hidden).argmax(-1),
+                "teacher_forced": backbone.logits(backbone.read(prompt, y_true).hidden).argmax(-1),
                 "ar_greedy": rollout.tokens,
                 "ar_sampled": backbone.generate(prompt, N, temperature=1.0, generator=generator).tokens,
-                "expected_embedding": vsr.expected_embedding(backbone.head(rollout.hidden), codebook),
+                "expected_embedding": vsr.expected_embedding(backbone.logits(rollout.hidden), codebook),
             }
             for inputs, refiner in refiners.items():
                 now[f"refined_{inputs}"], _ = vsr.refine(
@@ -305,7 +306,8 @@ def gaps_closed(scores: dict) -> dict:
             for name, score in scores[method].items():
                 baseline = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
                 forced = scores["teacher_forced"][name]["cosine_error"]
-                closed[method][name] = vsr.gap_closed(baseline, score["cosine_error"], forced)
+                share = vsr.gap_closed(baseline, score["cosine_error"], forced)
+                closed[method][name] = None if math.isnan(share) else share
     return closed
 
 
@@ -338,7 +340,7 @@ def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: 
         uncached = 0.0
         for t in range(0, N, 8):
             inputs = backbone.shifted(torch.cat([prompt, rollout.tokens[:, : t + 1]], dim=1))  # (B, P+t+1)
-            uncached += 8 * seconds_of(lambda: backbone.head(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
+            uncached += 8 * seconds_of(lambda: backbone.logits(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
         states = {"hidden": rollout.hidden, "context": rollout.context}
         refining = {n: seconds_of(lambda: vsr.refine(r, codebook, rollout.tokens, **states), device) for n, r in refiners.items()}  # noqa: B023
     slowest = max(refining.values())
@@ -444,7 +446,8 @@ def format_table(scores: dict, closed: dict) -> str:
         f"{'all':>8}{'color':>8}{'inpaint':>8}{'edges':>8}",
     ]
     for method, score in scores.items():
-        gap = f"{closed[method]['all']:.2f}" if method in closed else ""
+        share = closed.get(method, {}).get("all")
+        gap = "" if share is None else f"{share:.2f}"
         errors = "".join(f"{score[name]['cosine_error']:10.4f}" for name in ("all", *TASKS))
         quality = "".join(f"{score[name]['psnr']:8.2f}" for name in ("all", *TASKS))
         lines.append(f"{method:20}{errors}{gap:>7}{score['all']['token_accuracy']:8.3f}{quality}")
@@ -488,16 +491,21 @@ def load_run(folder, device) -> tuple[VQGAN, GPT, dict, dict]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--run {folder}: no such folder; `python train_refiner.py` makes one")
-    tokenizer = vqgan.build_tokenizer(data.load_checkpoint(folder / "tokenizer.pt"), device)
-    checkpoint = data.load_checkpoint(folder / "backbone.pt")
-    refiners = {
-        inputs: build_refiner(data.load_checkpoint(folder / f"refiner_{inputs}.pt"), device)
-        for inputs in vsr.INPUTS
-        if (folder / f"refiner_{inputs}.pt").is_file()
-    }
+
+    def load(name, build):
+        checkpoint = data.load_checkpoint(folder / name)
+        try:
+            return build(checkpoint, device), checkpoint["config"]
+        except (KeyError, TypeError, RuntimeError):  # some other model's checkpoint
+            raise UserError(f"{folder / name}: the checkpoint of another model or another version") from None
+
+    tokenizer, _ = load("tokenizer.pt", vqgan.build_tokenizer)
+    backbone, config = load("backbone.pt", build_backbone)
+    present = [inputs for inputs in vsr.INPUTS if (folder / f"refiner_{inputs}.pt").is_file()]
+    refiners = {inputs: load(f"refiner_{inputs}.pt", build_refiner)[0] for inputs in present}
     if not refiners:
         raise UserError(f"--run {folder}: no refiner_*.pt in it; `python train_refiner.py --out {folder}` goes on")
-    return tokenizer, build_backbone(checkpoint, device), refiners, checkpoint["config"]
+    return tokenizer, backbone, refiners, config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,11 +612,11 @@ def main():
 
     # 2. The backbone
     path, began = out / "backbone.pt", time.perf_counter()
-    train_tokens, _ = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
-    val_tokens, _ = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
     stage_config |= {"gpt": asdict(config["gpt"]), "train_sentences": config["data"].train_sentences}
     stage_config |= {"eval_sentences": config["data"].eval_sentences}
     checkpoint = reuse(path, stage_config, "backbone", from_stage <= 1)
+    train_tokens, _ = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
+    val_tokens, _ = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
     if checkpoint is None:
         trained = time.perf_counter()
         model, log = train_backbone(

@@ -24,6 +24,7 @@ Tokens are long (B, N); embeddings are float (B, N, D). To put the refiner on a 
 `Refiner`, `cosine_loss` and `refine`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -68,12 +69,14 @@ class RefinerConfig:
 
 
 def check_sizes(prefix: str, config) -> None:
-    """Raise ValueError, naming the flag, if a count in `config` is below 1 or the heads do not divide the width."""
+    """Raise ValueError, naming the flag, for a configuration that cannot be built or trained."""
     for name in ("layers", "heads", "width", "steps", "batch_size", "rollouts"):
         if getattr(config, name, 1) < 1:
             raise ValueError(f"--{prefix}-{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
     if config.width % config.heads:
         raise ValueError(f"--{prefix}-heads {config.heads}: does not divide --{prefix}-width {config.width}")
+    if not config.learning_rate > 0:
+        raise ValueError(f"--{prefix}-learning-rate {config.learning_rate}: expected a number above 0")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"--{prefix}-dropout {config.dropout}: expected a number from 0 to below 1")
 
@@ -207,6 +210,11 @@ class GPT(nn.Module):
         """Tokens (B, T) -> logits (B, T, V); logits[:, t] predict tokens[:, t] from tokens[:, :t] alone."""
         return self.head(self.states(self.shifted(tokens)))
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., C) -> logits (..., V) for decoding, in float32: rounded ones often tie for the largest."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float())
+
     @torch.no_grad()
     def read(self, prompt: torch.Tensor, tokens: torch.Tensor) -> Rollout:
         """The states of `generate` for tokens that are known already, in one parallel pass.
@@ -248,7 +256,7 @@ class GPT(nn.Module):
         tokens, hidden = [], []
         for t in range(num_tokens):
             hidden.append(state)
-            tokens.append(sample(self.head(state[:, 0]), temperature, top_k, top_p, generator))  # (B,)
+            tokens.append(sample(self.logits(state[:, 0]), temperature, top_k, top_p, generator))  # (B,)
             if t + 1 < num_tokens:
                 state = self.states(tokens[-1][:, None], cache, start=P + 1 + t)  # (B, 1, C)
         return Rollout(torch.stack(tokens, dim=1), torch.cat(hidden, dim=1), context)
@@ -333,9 +341,9 @@ class Refiner(nn.Module):
         place = (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)  # (N, C)
         x = self.read_code(embeddings) + place  # (B, N, C)
         if self.inputs != "tokens":
-            x = x + self.read_hidden(hidden)
+            x = x + self.read_hidden(hidden.float())
         if self.inputs == "context":
-            x = torch.cat([x, self.read_context(context) + place], dim=1)  # (B, 2N, C)
+            x = torch.cat([x, self.read_context(context.float()) + place], dim=1)  # (B, 2N, C)
         for block in self.blocks:
             x = block(x)
         move = self.move(self.norm(x[:, :N]))  # (B, N, D)
@@ -351,8 +359,10 @@ def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     """argmax_v <e'_t, codebook_v> under cosine: embeddings (..., D), codebook (V, D) -> tokens (...) long.
 
     The length of an embedding does not change its nearest code, so only the codebook has to be normalised.
+    Always in float32, under autocast too: near codes are one and the same number in bfloat16.
     """
-    return (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).argmax(-1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).argmax(-1)
 
 
 @torch.no_grad()
@@ -376,8 +386,10 @@ def refine(
     if embeddings is None:
         embeddings = codebook[tokens]
     was_training = refiner.training
-    refined = refiner.eval()(embeddings, hidden, context)
-    refiner.train(was_training)
+    try:
+        refined = refiner.eval()(embeddings, hidden, context)
+    finally:
+        refiner.train(was_training)
     return nearest_code(refined, codebook), refined
 
 
@@ -388,7 +400,8 @@ def refine(
 
 def expected_embedding(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The control without training: the code nearest to sum_v p(v) codebook_v. logits (B, N, V) -> tokens (B, N)."""
-    return nearest_code(logits.float().softmax(-1) @ F.normalize(codebook.float(), dim=-1), codebook)
+    with torch.autocast(logits.device.type, enabled=False):
+        return nearest_code(logits.float().softmax(-1) @ F.normalize(codebook.float(), dim=-1), codebook)
 
 
 def cosine_error(tokens: torch.Tensor, target_tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -405,5 +418,7 @@ def gap_closed(free_running: float, refined: float, teacher_forced: float) -> fl
     """(free-running - refined) / (free-running - teacher-forced): the share of the accumulated error that is repaired.
 
     0 repairs nothing, 1 repairs all that accumulation cost; above 1 is possible, below 0 makes it worse.
+    NaN where nothing has accumulated.
     """
-    return (free_running - refined) / (free_running - teacher_forced)
+    accumulated = free_running - teacher_forced
+    return (free_running - refined) / accumulated if accumulated else math.nan

@@ -1,0 +1,62 @@
+"""Fixtures shared by all tests: one finished (very small) run, and a way to call a command in this process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+
+ROOT = Path(__file__).parent.parent
+CPU = ("--device", "cpu", "--dtype", "float32")
+SMOKE = [
+    *("--preset", "smoke", "--train-sentences", "128", "--eval-sentences", "48", "--vqgan-steps", "40"),
+    *("--gpt-steps", "40", "--refiner-rollouts", "64", "--refiner-steps", "20"),
+]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A finished run of the real command: its folder, its flags, and what it printed."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    flags = [*SMOKE, *CPU, "--out", str(out)]
+    result = subprocess.run(
+        [sys.executable, ROOT / "train_refiner.py", *flags],
+        cwd=out.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(out=out, flags=flags, stdout=result.stdout)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(module, *flags) runs a command in this process: exit status, stdout, and stderr without progress bars."""
+
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        status = 0
+        try:
+            data.run_command(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(
+            status=status, out=out, err=[line for line in err.splitlines() if line.strip() and "%|" not in line]
+        )
+
+    return run

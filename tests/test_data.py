@@ -1,0 +1,312 @@
+"""Datasets, tasks, folders of images, and files that are written and read back."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import DataConfig, Sentences, UserError
+
+
+def scenes_of(sentences: Sentences, split: str, n: int, seed: int = 0) -> torch.Tensor:
+    """At least n scenes, uint8 (n, 3, S, S)."""
+    sets = -(-n // (sentences.config.num_demos + 1))
+    return data.to_uint8(sentences.scenes(split, sets, torch.Generator().manual_seed(seed)).flatten(0, 1))
+
+
+def as_bytes(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with 150 small random pictures, in sub-folders."""
+    for i in range(150):
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        path = tmp_path / "photos" / f"{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(("name", "size", "demos"), [("shapes", 32, 1), ("shapes", 64, 3), ("glyphs", 32, 2), ("glyphs", 64, 1)])
+def test_sentences_have_the_documented_shape_and_range(name, size, demos):
+    images, task = Sentences(DataConfig(data=name, image_size=size, num_demos=demos))("train", 0, 40)
+    assert images.shape == (40, 2 * demos + 2, 3, size, size)
+    assert images.dtype == torch.float32
+    assert images.min() == -1
+    assert images.max() <= 1
+    assert set(task.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["shapes", "glyphs"])
+def test_sentences_depend_on_seed_split_and_index_alone(name):
+    config = DataConfig(data=name)
+    sentences = Sentences(config, seed=5)
+    images, task = sentences("train", 3, 8)
+    sentences("val", 0, 8)
+    again, task_again = sentences("train", 3, 8)
+    assert torch.equal(images, again)
+    assert torch.equal(task, task_again)
+    assert torch.equal(images, Sentences(config, seed=5)("train", 3, 8)[0])
+    for other in (sentences("train", 4, 8), sentences("val", 3, 8), Sentences(config, seed=6)("train", 3, 8)):
+        assert not torch.equal(images, other[0])
+
+
+def test_each_sentence_follows_its_task_in_every_pair():
+    images, task = Sentences(DataConfig(num_demos=2))("train", 0, 60)
+    source, target = images[:, 0::2], images[:, 1::2]
+    for number, rule in enumerate((data.colorize, data.inpaint, data.edges)):
+        pairs = source[task == number].flatten(0, 1), target[task == number].flatten(0, 1)
+        if rule is data.colorize:
+            assert torch.equal(pairs[0], data.grey(pairs[1]))
+        elif rule is data.edges:
+            assert torch.equal(pairs[1], data.edges(pairs[0], None)[1])
+        else:
+            kept = pairs[0] != -1
+            assert torch.equal(pairs[0][kept], pairs[1][kept])
+            assert (pairs[0] != pairs[1]).flatten(1).any(1).float().mean() > 0.95
+
+
+def test_batches_give_the_first_sentences_whatever_the_total():
+    sentences = Sentences(DataConfig(image_size=16))
+    few, many = (data.joined(sentences.batches("val", total)) for total in (70, 300))
+    assert len(few[0]) == len(few[1]) == 70
+    assert torch.equal(few[0], many[0][:70])
+    assert torch.equal(few[1], many[1][:70])
+    assert len(as_bytes(data.to_uint8(many[0]))) == 300
+
+
+@pytest.mark.parametrize("name", ["shapes", "glyphs"])
+def test_no_picture_is_in_two_splits(name):
+    sentences = Sentences(DataConfig(data=name))
+    train, val, test = (as_bytes(scenes_of(sentences, split, 1000)) for split in data.SPLITS)
+    assert min(len(train), len(val), len(test)) > 900
+    assert not train & val
+    assert not train & test
+    assert not val & test
+
+
+def test_split_is_decided_by_the_pixels_80_10_10():
+    images = torch.rand(3000, 3, 16, 16) * 2 - 1
+    split = data.split_of(images)
+    assert torch.equal(split.flip(0), data.split_of(images.flip(0)))
+    share = torch.bincount(split, minlength=3) / len(split)
+    assert torch.allclose(share, torch.tensor([0.8, 0.1, 0.1]), atol=0.03)
+
+
+def test_colorize_source_is_bt601_luma():
+    primaries = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
+    source, target = data.colorize(primaries, torch.Generator())
+    assert torch.equal(target, primaries)
+    assert torch.equal(source[:, 0], source[:, 1])
+    assert torch.equal(source[:, 0], source[:, 2])
+    assert torch.allclose(source[:, 0, 0, 0], torch.tensor([0.299, 0.587, 0.114]))
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_inpaint_cuts_one_black_square_and_leaves_the_target(size):
+    images = torch.rand(50, 3, size, size)
+    source, target = data.inpaint(images, torch.Generator().manual_seed(0))
+    assert torch.equal(target, images)
+    hole = source != images
+    assert torch.equal(hole.any(1), hole.all(1))
+    corners, sides = set(), set()
+    for image, mask in zip(source, hole.all(1), strict=True):
+        rows, columns = mask.nonzero().unbind(1)
+        top, left, side = rows.min().item(), columns.min().item(), (rows.max() - rows.min() + 1).item()
+        assert mask.sum() == side * side
+        assert (image[:, top : top + side, left : left + side] == -1).all()
+        corners.add((top, left))
+        sides.add(side)
+    assert len(sides) == 1
+    assert size / 4 <= sides.pop() <= size / 2
+    assert len(corners) > 20
+
+
+def test_edges_of_a_flat_image_are_black():
+    images = torch.full((1, 3, 16, 16), 0.3)
+    source, target = data.edges(images, torch.Generator())
+    assert torch.equal(source, images)
+    assert torch.equal(target, torch.full_like(target, -1))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0.25, -0.5), (0.5, 0.0), (1.0, 1.0), (1.8, 1.0)])
+def test_edges_of_a_vertical_step(step, expected):
+    """|g| is the step itself, at most 1; black is -1 and white 1. The strongest of the three channels counts."""
+    images = torch.zeros(1, 3, 16, 16)
+    images[:, 1, :, 8:] = step
+    images[:, 2, :, 8:] = -step / 2
+    target = data.edges(images, torch.Generator())[1]
+    assert torch.allclose(target[..., 7:9], torch.tensor(expected))
+    assert (target[..., :7] == -1).all()
+    assert (target[..., 9:] == -1).all()
+
+
+def test_edges_turn_with_the_image():
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    edge_map = data.edges(images, torch.Generator())[1]
+    turned = data.edges(images.rot90(1, (2, 3)), torch.Generator())[1]
+    assert torch.allclose(turned, edge_map.rot90(1, (2, 3)), atol=1e-5)
+    assert edge_map.std() > 0.1
+
+
+def test_uint8_and_float_are_inverse():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.to_float(levels)), levels)
+    assert data.to_float(levels).min() == -1
+    assert data.to_float(levels).max() == 1
+    assert data.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_image_formats_are_read(tmp_path, ending):
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / f"x.{ending}")
+    image = data.load_image(tmp_path / f"x.{ending}", 16)
+    assert image.shape == (3, 16, 16)
+    assert (data.to_uint8(image).float() - torch.tensor([200.0, 100, 50])[:, None, None]).abs().max() <= 3
+
+
+def test_grey_and_palette_images_are_read(tmp_path):
+    Image.new("L", (20, 20), 77).save(tmp_path / "grey.png")
+    Image.new("RGB", (20, 20), (255, 0, 0)).convert("P").save(tmp_path / "palette.png")
+    assert (data.to_uint8(data.load_image(tmp_path / "grey.png", 16)) == 77).all()
+    assert data.to_uint8(data.load_image(tmp_path / "palette.png", 16))[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 51)).save(tmp_path / "faint.png")
+    assert (data.load_image(tmp_path / "clear.png", 16) == 1).all()
+    assert (data.to_uint8(data.load_image(tmp_path / "faint.png", 16)) == 204).all()
+
+
+def test_exif_rotation_is_undone_and_the_centre_is_kept(tmp_path):
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste("white", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the left half is the upper half
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / "plain.png")
+    turned, plain = (data.load_image(tmp_path / f"{name}.png", 16) for name in ("turned", "plain"))
+    assert (turned[:, 0] == 1).all()
+    assert (turned[:, -1] == -1).all()
+    assert (plain[:, :, 0] == 1).all()
+    assert (plain[:, :, -1] == -1).all()
+
+
+def test_unreadable_files_in_a_folder_are_named_and_skipped(photos, capsys):
+    (photos / "broken.png").write_bytes(b"not a picture")
+    (photos / "notes.txt").write_text("no picture at all")
+    found = data.load_folder(str(photos), 16)
+    errors = capsys.readouterr().err.splitlines()
+    assert sum(len(images) for images in found.values()) == 150
+    assert len(errors) == 1
+    assert str(photos / "broken.png") in errors[0]
+
+
+def test_split_of_a_folder_survives_renaming(photos):
+    before = data.load_folder(str(photos), 16)
+    for number, path in enumerate(sorted(photos.rglob("*.png"), reverse=True)):
+        path.rename(photos / f"renamed{number}.png")
+    after = data.load_folder(str(photos), 16)
+    for split in data.SPLITS:
+        assert as_bytes(before[split]) == as_bytes(after[split])
+    assert not as_bytes(before["train"]) & (as_bytes(before["val"]) | as_bytes(before["test"]))
+
+
+def test_given_split_folders_are_respected(tmp_path):
+    for level, split in enumerate(data.SPLITS):
+        (tmp_path / split / "deep").mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (16, 16), 60 * level + i).save(tmp_path / split / "deep" / f"{i}.png")
+    found = data.load_folder(str(tmp_path), 16)
+    for level, split in enumerate(data.SPLITS):
+        assert found[split][:, 0, 0, 0].tolist() == [60 * level + i for i in range(5)]
+
+
+@pytest.mark.parametrize("files", [None, 0, 3])
+def test_a_missing_empty_or_too_small_folder_is_an_error(tmp_path, files):
+    folder = tmp_path / "photos"
+    if files is not None:
+        folder.mkdir()
+        for i in range(files):
+            Image.new("L", (16, 16), i).save(folder / f"{i}.png")
+    with pytest.raises(UserError, match="photos"):
+        Sentences(DataConfig(data=f"folder:{folder}"))
+
+
+def test_no_scene_comes_twice_in_a_sentence_from_a_folder(tmp_path):
+    for level, split in enumerate(data.SPLITS):
+        (tmp_path / split).mkdir()
+        for i in range(4):
+            Image.new("L", (16, 16), 60 * level + 9 * i).save(tmp_path / split / f"{i}.png")
+    sentences = Sentences(DataConfig(data=f"folder:{tmp_path}", image_size=16, num_demos=3))
+    scenes = data.to_uint8(sentences.scenes("val", 50, torch.Generator().manual_seed(0)))
+    for levels in scenes[..., 0, 0, 0].tolist():
+        assert sorted(levels) == [60, 69, 78, 87]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "file.txt"
+    data.write_whole(path, lambda p: p.write_text("old"))
+
+    def fail(p):
+        p.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        data.write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_and_checkpoints_are_read_back(tmp_path):
+    data.save_json(tmp_path / "new" / "x.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": [1, None]}
+    data.save_checkpoint(tmp_path / "x.pt", {"config": {"k": 1}, "weight": torch.arange(3)})
+    content = data.load_checkpoint(tmp_path / "x.pt")
+    assert content["config"] == {"k": 1}
+    assert content["weight"].tolist() == [0, 1, 2]
+
+
+class Touch:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "foreign", "code", "plain pickle"])
+def test_a_bad_checkpoint_is_named_and_its_code_is_not_run(tmp_path, kind):
+    path, touched = tmp_path / "bad.pt", tmp_path / "touched"
+    data.save_checkpoint(tmp_path / "good.pt", {"config": {}, "weight": torch.zeros(999)})
+    if kind == "truncated":
+        path.write_bytes((tmp_path / "good.pt").read_bytes()[:2000])
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "code":
+        torch.save({"config": {}, "x": Touch(touched)}, path)
+    elif kind == "plain pickle":
+        path.write_bytes(pickle.dumps({"config": {}, "x": Touch(touched)}, protocol=2))
+    with pytest.raises(UserError, match=r"bad\.pt"):
+        data.load_checkpoint(path)
+    assert not touched.exists()
+    if kind == "plain pickle":
+        pickle.loads(path.read_bytes())
+        assert touched.exists(), "the attack itself must work, or this test shows nothing"
+
+
+def test_contact_sheets(command, tmp_path):
+    result = command(data, "--out", tmp_path, "--data", "shapes")
+    assert result.status == 0
+    assert Image.open(tmp_path / "shapes.png").width > 100
