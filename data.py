@@ -48,7 +48,7 @@ class DataConfig:
     data: Annotated[str, "shapes, glyphs or folder:PATH"] = "shapes"
     image_size: Annotated[int, "height and width of every image in pixels"] = 32
     num_demos: Annotated[int, "K, the demonstration pairs before the query pair (1 to 3)"] = 1
-    train_sentences: Annotated[int, "sentences the backbone is pretrained on"] = 16384
+    train_sentences: Annotated[int, "sentences the backbone is pretrained on"] = 20480
     eval_sentences: Annotated[int, "sentences of the validation split, and again of the test split"] = 512
 
     def __post_init__(self):
@@ -121,10 +121,10 @@ def glyph_masks(size: int) -> torch.Tensor:
 
 
 def draw_scenes(masks: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw n random scenes: a flat background and two or three objects, later ones over earlier ones.
+    """Draw n random scenes: a flat background and two objects, the second over the first.
 
     masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`. Returns (n, 3, S, S) in [-1, 1].
-    Objects stand on a grid of S/16 pixels (2 pixels at S = 32), which keeps the scenes learnable.
+    Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable.
     """
     kinds, variants, size, _ = masks.shape
     colours = palette(kinds)
@@ -133,15 +133,16 @@ def draw_scenes(masks: torch.Tensor, n: int, generator: torch.Generator) -> torc
         return torch.randint(high, (n,), generator=generator)
 
     image = BACKGROUNDS[pick(4)][:, :, None, None].expand(n, 3, size, size)
-    for number in range(3):
+    steps = torch.arange(-2, 3)
+    places = torch.cartesian_prod(steps, steps, steps, steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
+    places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= 2]  # none hides the other: (400, 2, 2)
+    place = places[pick(len(places))]  # (n, 2, 2)
+    for number in range(2):
         kind, variant, shade = pick(kinds), pick(variants), pick(2)
-        shift = torch.stack([pick(9), pick(9)]) - 4  # (2, n) rows and columns, in grid steps from the centre
-        present = (pick(2) if number == 2 else torch.ones(n)).float()
-        place = torch.arange(size)[None, :] - shift[:, :, None] * (size // 16)  # (2, n, S) where to read the mask
-        rows, columns = place.clamp(0, size - 1)  # the masks' borders are empty
+        read = torch.arange(size) - place[:, number, :, None] * (size // 8)  # (n, 2, S) where to read the mask
+        rows, columns = read.clamp(0, size - 1).unbind(1)  # the masks' borders are empty
         alpha = masks.flatten(0, 1)[(kind * variants + variant)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        alpha = (alpha * present[:, None, None])[:, None]  # (n, 1, S, S)
-        image = image + alpha * (colours[kind, shade][:, :, None, None] - image)
+        image = image + alpha[:, None] * (colours[kind, shade][:, :, None, None] - image)
     return image
 
 
@@ -234,9 +235,9 @@ def colorize(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Te
 
 
 def inpaint(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image with a black square hole, 5/16 of its side, at a random place -> the whole RGB image."""
+    """Image with a black square hole, a quarter of its side, at a random place -> the whole RGB image."""
     n, _, size, _ = images.shape
-    hole = size * 5 // 16
+    hole = size // 4
     corner = torch.randint(size - hole + 1, (2, n, 1), generator=generator)  # rows and columns
     offset = torch.arange(size) - corner  # (2, n, S)
     rows, columns = (offset >= 0) & (offset < hole)

@@ -38,7 +38,7 @@ class VQGANConfig:
     """The tokenizer and its training."""
 
     factor: Annotated[int, "f, pixels of the image's side per token (a power of 2)"] = 4
-    codebook_size: Annotated[int, "V, number of codes"] = 256
+    codebook_size: Annotated[int, "V, number of codes"] = 128
     code_dim: Annotated[int, "D, size of a code"] = 16
     channels: Annotated[int, "channels at the tokens' resolution"] = 96
     res_blocks: Annotated[int, "residual blocks at the tokens' resolution, in encoder and in decoder"] = 2
@@ -47,7 +47,7 @@ class VQGANConfig:
     revive_every: Annotated[int, "steps after which a code that was not used is revived"] = 20
     gan_weight: Annotated[float, "weight of the adversarial loss; 0 turns it off"] = 0.0
     gan_start: Annotated[float, "share of the training after which the adversarial loss starts"] = 0.6
-    steps: Annotated[int, "training steps"] = 1500
+    steps: Annotated[int, "training steps"] = 700
     batch_size: Annotated[int, "images a step"] = 64
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 4e-3
 

@@ -1,0 +1,38 @@
+"""The README states what the committed results say, and its code runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_refiner
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("folder", ["toy", "photos"])
+def test_tables_are_those_of_the_committed_metrics(folder):
+    """No number of a table is typed by hand."""
+    metrics = json.loads((ROOT / "results" / folder / "metrics.json").read_text())
+    table = train_refiner.format_table(metrics["methods"], metrics["gap_closed"])
+    stated = re.search(rf"<!-- table of results/{folder}.*?-->\n```\n(.*?)```", README, re.DOTALL).group(1)
+    assert [line.rstrip() for line in stated.splitlines()] == [line.rstrip() for line in table.splitlines()]
+
+
+def test_every_file_that_is_linked_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert links and not missing
+
+
+def test_the_example_for_ones_own_backbone_runs():
+    code = re.search(r"```python\n(import torch, vsr\n.*?)```", README, re.DOTALL).group(1)
+    codebook = torch.randn(50, 8) * 2
+    tokens, true_tokens = torch.randint(50, (2, 2, 256))
+    space = {"codebook": codebook, "my_rollouts": [(tokens, torch.randn(2, 256, 4096), true_tokens)]}
+    exec(code, space)
+    assert space["refined_tokens"].shape == (2, 256)
+    assert space["refined_embeddings"].shape == (2, 256, 8)
