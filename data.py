@@ -61,6 +61,8 @@ class DataConfig:
         for name in ("train_sentences", "eval_sentences"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if self.eval_sentences < 16:
+            raise UserError(f"--eval-sentences {self.eval_sentences}: expected at least 16, so that every task comes up")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -76,8 +78,8 @@ def palette(kinds: int) -> torch.Tensor:
     """Two shades of one hue for each kind of object: (kinds, 2 shades, 3 channels) in [-1, 1].
 
     The hue is fixed by the kind, the shade is free. So the grey value alone does not give the colour away:
-    to colorize an object, a model has to recognise it. No object is as light or as dark as a background, so
-    that none vanishes in the grey image.
+    to colorize an object, a model has to recognise it. Each shape's grey differs by 19 of 255 or more from
+    every background's, so none vanishes in the grey image.
     """
     rgb = [[colorsys.hsv_to_rgb((k + 0.5) / kinds, 0.75, v) for v in (0.65, 0.95)] for k in range(kinds)]
     return (torch.tensor(rgb) * 255).round() / 127.5 - 1
@@ -135,7 +137,7 @@ def draw_scenes(masks: torch.Tensor, n: int, generator: torch.Generator) -> torc
     image = BACKGROUNDS[pick(4)][:, :, None, None].expand(n, 3, size, size)
     steps = torch.arange(-2, 3)
     places = torch.cartesian_prod(steps, steps, steps, steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
-    places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= 2]  # none hides the other: (400, 2, 2)
+    places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= 2]  # none hides the other: (456, 2, 2)
     place = places[pick(len(places))]  # (n, 2, 2)
     for number in range(2):
         kind, variant, shade = pick(kinds), pick(variants), pick(2)
@@ -208,7 +210,9 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
             continue
         split = path.relative_to(root).parts[0] if given else SPLITS[split_of(image[None])]
         pixels = to_uint8(image)
-        if split in found and (key := pixels.numpy().tobytes()) not in seen:  # a copy could be demonstration and query
+        if (
+            split in found and (key := hashlib.sha256(pixels.numpy()).digest()) not in seen
+        ):  # a copy could be demonstration and query
             seen.add(key)
             found[split].append(pixels)
     counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())
@@ -272,7 +276,7 @@ TASK_FUNCTIONS = {"colorize": colorize, "inpaint": inpaint, "edges": edges}
 class Sentences:
     """Visual sentences of one dataset, made on demand.
 
-    `sentences(split, index, n)` always gives the same n sentences for the same (seed, split, index), on
+    `sentences(split, index, n)` always gives the same sentences for the same (seed, split, index, n), on
     every machine, in any order: there is no state to save, and a training step can make its own batch.
     """
 
@@ -287,7 +291,7 @@ class Sentences:
             self.folder = load_folder(config.data.removeprefix("folder:"), config.image_size)
 
     def scenes(self, split: str, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n sets of K+1 scenes of `split`: (n, K+1, 3, S, S) in [-1, 1]; in a set, no scene comes twice."""
+        """n sets of K+1 scenes of `split`: (n, K+1, 3, S, S) in [-1, 1]; in a set from a folder, no image comes twice."""
         per_sentence = self.config.num_demos + 1
         if self.folder is not None:
             images = self.folder[split]
@@ -362,15 +366,15 @@ def write_whole(path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str = "", scale: float = 1.0) -> None:
+def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str = "") -> None:
     """Write a labelled grid of pictures.
 
-    rows: a list of lists; a cell is an image (3, H, W) in [-1, 1], a map (H, W) in [0, 1], or None (left empty).
+    rows: a list of lists; a cell is an image (3, H, W) in [-1, 1], a map (H, W) in [0, 1].
     """
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(scale * columns + 0.9, scale * len(rows) + 0.5), layout="constrained", dpi=130)
+    figure = Figure(figsize=(columns + 0.9, len(rows) + 0.5), layout="constrained", dpi=130)
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
     for r, row in enumerate(rows):
         for c in range(columns):
@@ -492,7 +496,7 @@ def run_command(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        print("interrupted; train_refiner.py keeps the stages it has finished (repeat it without --fresh)", file=sys.stderr)
         sys.exit(130)
 
 

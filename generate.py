@@ -48,7 +48,7 @@ def sentences_to_show(args, sentences: data.Sentences) -> tuple[torch.Tensor, bo
     return chosen, True
 
 
-def save_animation(path, tokenizer, query, truth, y, y_refined, y_true, hold: int = 12) -> None:
+def save_animation(path, tokenizer, query, truth, y, y_refined, y_true) -> None:
     """A GIF: the raster is written token by token with its errors in red, then one refining step.
 
     query, truth: (3, H, W); y, y_refined, y_true: tokens (N,). Without a truth (y_true None) no errors are
@@ -94,12 +94,12 @@ def save_animation(path, tokenizer, query, truth, y, y_refined, y_true, hold: in
     def wrong(error, known=N):
         return "" if error is None else f", {int((error[:known] > 0).sum())} wrong"
 
-    for t in range(0, N + 1, max(1, N // 64)):
+    for t in [*range(0, N, max(1, N // 64)), N]:
         add(panel(before, errors[0], t), f"written: {t} of {N}{wrong(errors[0], t)}", 80)
-    times[-1] = 100 * hold
-    add(panel(after, errors[1]), f"refined, one pass{wrong(errors[1])}", 100 * hold)
-    add(panel(before), "greedy", 50 * hold)
-    add(panel(after), "refined", 100 * hold)
+    times[-1] = 1200
+    add(panel(after, errors[1]), f"refined, one pass{wrong(errors[1])}", 1200)
+    add(panel(before), "greedy", 600)
+    add(panel(after), "refined", 1200)
     data.write_whole(
         path, lambda p: frames[0].save(p, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
     )
@@ -125,6 +125,8 @@ def main():
         raise UserError(f"--count {args.count}: expected a number from 1 to 64")
     if not 0 <= args.temperature < float("inf") or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature and --top-k cannot be negative, and --top-p lies above 0 and up to 1")
+    if args.temperature == 0 and (args.top_k or args.top_p < 1):
+        raise UserError("--top-k and --top-p need a --temperature above 0 (0 is greedy decoding)")
     for flag, path, endings in (("--out", args.out, (".png", ".jpg", ".webp")), ("--gif", args.gif, (".gif",))):
         if path and Path(path).suffix.lower() not in endings:
             raise UserError(f"{flag} {path}: expected a file name that ends in {' or '.join(endings)}")

@@ -61,15 +61,14 @@ PRESETS = {
 
 @torch.no_grad()
 def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, total: int, device, autocast):
-    """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU, and tasks (total,)."""
+    """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU."""
     small = torch.int16 if tokenizer.config.codebook_size < 2**15 else torch.int32
-    tokens, tasks = [], []
-    for images, task in tqdm(sentences.batches(split, total), f"encode {split}", -(-total // 64), mininterval=1):
+    tokens = []
+    for images, _ in tqdm(sentences.batches(split, total), f"encode {split}", -(-total // 64), mininterval=1):
         with autocast:
             encoded = tokenizer.encode(images.flatten(0, 1).to(device))
         tokens.append(encoded.view(*images.shape[:2], -1).to("cpu", small))
-        tasks.append(task)
-    return torch.cat(tokens), torch.cat(tasks)
+    return torch.cat(tokens)
 
 
 def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -144,14 +143,14 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
 # --------------------------------------------------------------------------------------------------
 
 
-def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch_size: int = 64, **sampling) -> torch.Tensor:
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast) -> torch.Tensor:
     """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
     device = backbone.head.weight.device
     generated = []
-    for part in tqdm(tokens.split(batch_size), desc="rollouts", unit="batch", mininterval=1):
+    for part in tqdm(tokens.split(64), desc="rollouts", unit="batch", mininterval=1):
         prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
         with autocast:
-            generated.append(backbone.generate(prompt, part.shape[2], **sampling).tokens.to("cpu", tokens.dtype))
+            generated.append(backbone.generate(prompt, part.shape[2]).tokens.to("cpu", tokens.dtype))
     return torch.cat(generated)
 
 
@@ -166,17 +165,19 @@ def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, in
     Only the tokens of a rollout are kept on disk; its states are read again here, which is cheap, since all
     positions go through the backbone at once. Returns hidden and context.
     """
-    hidden, context = [], []
     if inputs == "tokens":
         return None, None
     device = backbone.head.weight.device
-    for part, y in zip(tokens.split(128), generated.split(128), strict=True):
+    shape = (*generated.shape, backbone.config.width)
+    hidden = torch.empty(shape, dtype=torch.bfloat16)
+    context = torch.empty(shape, dtype=torch.bfloat16) if inputs == "context" else None
+    for rows in torch.arange(len(generated)).split(128):
         with autocast:
-            rollout = backbone.read(part[:, :-1].flatten(1).long().to(device), y.long().to(device))
-        hidden.append(rollout.hidden.bfloat16().cpu())
-        if inputs == "context":
-            context.append(rollout.context.bfloat16().cpu())
-    return torch.cat(hidden), torch.cat(context) if context else None
+            rollout = backbone.read(tokens[rows, :-1].flatten(1).long().to(device), generated[rows].long().to(device))
+        hidden[rows] = rollout.hidden.bfloat16().cpu()
+        if context is not None:
+            context[rows] = rollout.context.bfloat16().cpu()
+    return hidden, context
 
 
 def train_refiner(config: RefinerConfig, inputs: str, backbone: GPT, codebook, grid, train, val, device, dtype, seed: int):
@@ -318,7 +319,7 @@ def seconds_of(function, device, repeats: int = 5) -> float:
         began = time.perf_counter()
         function()
         if device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 
@@ -328,7 +329,7 @@ def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: 
     """How fast generation and refinement are, on one batch of at most 64 sentences (S, 2K+2, N).
 
     `cached_speedup` compares `generate` with a loop that has no KV cache. Of that loop's N steps every eighth
-    is timed and counted eight times. `refine_share_of_generation_time` is for the refiner that reads most.
+    is timed and stands for its share. `refine_share_of_generation_time` is for the slowest refiner.
     """
     device = backbone.head.weight.device
     codebook = tokenizer.codebook.vectors
@@ -337,10 +338,10 @@ def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: 
     with autocast:
         rollout = backbone.generate(prompt, N)
         cached = seconds_of(lambda: backbone.generate(prompt, N), device)
-        uncached = 0.0
-        for t in range(0, N, 8):
+        uncached, timed = 0.0, range(0, N, 8)
+        for t in timed:
             inputs = backbone.shifted(torch.cat([prompt, rollout.tokens[:, : t + 1]], dim=1))  # (B, P+t+1)
-            uncached += 8 * seconds_of(lambda: backbone.logits(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
+            uncached += N / len(timed) * seconds_of(lambda: backbone.logits(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
         states = {"hidden": rollout.hidden, "context": rollout.context}
         refining = {n: seconds_of(lambda: vsr.refine(r, codebook, rollout.tokens, **states), device) for n, r in refiners.items()}  # noqa: B023
     slowest = max(refining.values())
@@ -377,10 +378,10 @@ def plot_error_by_position(path, scores: dict) -> None:
             if method in scores and method != "ar_sampled":
                 error = torch.tensor(scores[method][name]["cosine_error_by_position"])
                 smooth = F.avg_pool1d(F.pad(error[None, None], (3, 3), mode="replicate"), 7, 1)[0, 0]
-                axis.plot(error, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(error, color=colour, alpha=0.15, linewidth=0.8)
                 axis.plot(smooth, color=colour, label=f"{method}  AUC {error.sum():.2f}")
         axis.set(title=name, xlabel="token position t (raster order)", ylim=(0, None))
-        axis.legend(fontsize=6.5, frameon=False)
+        axis.legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("cosine error")
     data.write_whole(path, figure.savefig)
@@ -399,7 +400,7 @@ def plot_training(path, logs: dict) -> None:
         if any(log[name]):
             left.plot(log["step"], [abs(v) for v in log[name]], label=f"|{name}|", linewidth=0.8)
     left.set(title="tokenizer", yscale="log", ylabel="loss")
-    right.plot(log["step"], log["codes_in_use"], label="codes used lately")
+    right.plot(log["step"], log["codes_in_use"], label="codes used by the batch")
     right.set(title="tokenizer", ylim=(0, None), ylabel="codes")
     log = logs["backbone"]
     middle.plot(log["step"], log["loss"], label="training", linewidth=0.8)
@@ -525,9 +526,9 @@ def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     return None
 
 
-def reuse(path: Path, config: dict, stage: str, fresh: bool) -> dict | None:
+def reuse(path: Path, config: dict, stage: str) -> dict | None:
     """The checkpoint of a finished stage, if there is one with this configuration. Raises UserError for another."""
-    if fresh or not path.is_file():
+    if not path.is_file():
         return None
     checkpoint = data.load_checkpoint(path)
     difference = first_difference(checkpoint["config"], config)
@@ -537,23 +538,24 @@ def reuse(path: Path, config: dict, stage: str, fresh: bool) -> dict | None:
     return checkpoint
 
 
-def describe(config: dict, device) -> dict:
+def describe(config: dict, inputs: list, device) -> dict:
     """Parameter counts of all models, printed with an estimate of the memory that pretraining the backbone takes."""
     images = 2 * config["data"].num_demos + 2
     with torch.device("meta"):
         tokenizer = VQGAN(config["vqgan"], config["data"].image_size)
         N, V = tokenizer.tokens_per_image, config["vqgan"].codebook_size
         backbone = GPT(config["gpt"], V, N, images)
-        refiner = Refiner(config["refiner"], "hidden", tokenizer.grid, config["vqgan"].code_dim, config["gpt"].width)
-    models = {"tokenizer": tokenizer, "backbone": backbone, "refiner": refiner}
+        dims = config["vqgan"].code_dim, config["gpt"].width
+        refiners = {f"refiner_{name}": Refiner(config["refiner"], name, tokenizer.grid, *dims) for name in inputs}
+    models = {"tokenizer": tokenizer, "backbone": backbone, **refiners}
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     tokens = config["gpt"].batch_size * images * N
-    # Weights, gradients and AdamW's two moments are 16 bytes a parameter. Activations in bfloat16 with fused
-    # attention: about 34 bytes per token, layer and channel (Korthikanti et al., 2022); logits: three float32 copies.
+    # Weights, gradients and moments (two in AdamW, one in Muon) are at most 16 bytes a parameter. Activations in
+    # bfloat16 with fused attention: about 34 bytes per token, layer and channel (Korthikanti et al., 2022); logits: three float32 copies.
     memory = 16 * params["backbone"] + tokens * (34 * config["gpt"].layers * config["gpt"].width + 12 * V)
     print(f"device {device}, {images} images a sentence, {N} tokens an image, {images * N} tokens a sentence, V = {V}")
     for name, count in params.items():
-        print(f"  {name:10}{count / 1e6:10.3f} M parameters")
+        print(f"  {name:16}{count / 1e6:10.3f} M parameters")
     print(f"  backbone training, batch {config['gpt'].batch_size}: about {memory / 2**30:.1f} GiB")
     return params
 
@@ -573,7 +575,9 @@ def parse_arguments():
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, train nothing")
     for name, config_class in CONFIGS.items():
         parser.add_config(config_class, "" if name == "data" else f"{name}_")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.inputs = [name for name in vsr.INPUTS if name in args.inputs]  # each once, the one that reads most at the end
+    return args
 
 
 def main():
@@ -587,13 +591,16 @@ def main():
         config[name] = data.config_from_flags(args, config_class, prefix, PRESETS[args.preset].get(name))
     if config["refiner"].rollouts > config["data"].train_sentences:
         raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
-    params = describe(config, device)
+    params = describe(config, args.inputs, device)
     if args.dry_run:
         return
     out = Path(args.out or f"runs/{args.preset}")
     data.check_writable(out)
-    from_stage = STAGES.index(args.fresh) if args.fresh else len(STAGES)
     sentences = data.Sentences(config["data"], args.seed)
+    if args.fresh:  # what was built on a stage that is trained again is void, even if this run is interrupted
+        for pattern in ("tokenizer.pt", "backbone.pt", "rollouts.pt", "refiner_*.pt")[STAGES.index(args.fresh) :]:
+            for old in out.glob(pattern):
+                old.unlink()
     run = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
     scenes = {name: getattr(config["data"], name) for name in ("data", "image_size", "num_demos")}
     seconds, logs = {}, {}
@@ -601,7 +608,7 @@ def main():
     # 1. The tokenizer
     path, began = out / "tokenizer.pt", time.perf_counter()
     stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
-    checkpoint = reuse(path, stage_config, "tokenizer", from_stage <= 0)
+    checkpoint = reuse(path, stage_config, "tokenizer")
     if checkpoint is None:
         model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, args.seed)
         checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
@@ -614,9 +621,9 @@ def main():
     path, began = out / "backbone.pt", time.perf_counter()
     stage_config |= {"gpt": asdict(config["gpt"]), "train_sentences": config["data"].train_sentences}
     stage_config |= {"eval_sentences": config["data"].eval_sentences}
-    checkpoint = reuse(path, stage_config, "backbone", from_stage <= 1)
-    train_tokens, _ = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
-    val_tokens, _ = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
+    checkpoint = reuse(path, stage_config, "backbone")
+    train_tokens = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
+    val_tokens = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
     if checkpoint is None:
         trained = time.perf_counter()
         model, log = train_backbone(
@@ -634,7 +641,7 @@ def main():
     path, began = out / "rollouts.pt", time.perf_counter()
     train_tokens = train_tokens[: config["refiner"].rollouts]
     stage_config |= {"rollouts": config["refiner"].rollouts}
-    checkpoint = reuse(path, stage_config, "rollouts", from_stage <= 2)
+    checkpoint = reuse(path, stage_config, "rollouts")
     if checkpoint is None:
         checkpoint = {
             "config": stage_config,
@@ -651,7 +658,7 @@ def main():
     for inputs in args.inputs:
         path, began = out / f"refiner_{inputs}.pt", time.perf_counter()
         refiner_config = {**stage_config, "refiner": asdict(config["refiner"]), "inputs": inputs}
-        checkpoint = reuse(path, refiner_config, "refiner", from_stage <= 3)
+        checkpoint = reuse(path, refiner_config, "refiner")
         if checkpoint is None:
             model, log = train_refiner(
                 config["refiner"], inputs, backbone, codebook, tokenizer.grid, train, val, device, dtype, args.seed
@@ -664,18 +671,17 @@ def main():
             }
             data.save_checkpoint(path, checkpoint)
         refiners[inputs] = build_refiner(checkpoint, device)
-        params[f"refiner_{inputs}"] = sum(p.numel() for p in refiners[inputs].parameters())
         logs[f"refiner_{inputs}"], seconds[f"refiner_{inputs}"] = checkpoint["log"], checkpoint["seconds"]
 
     # 5. Evaluation on the test split
     began = time.perf_counter()
     test_images, test_task = data.joined(sentences.batches("test", config["data"].eval_sentences))
-    test_tokens, _ = encode_sentences(tokenizer, sentences, "test", config["data"].eval_sentences, device, autocast)
+    test_tokens = encode_sentences(tokenizer, sentences, "test", config["data"].eval_sentences, device, autocast)
     written = decode_methods(tokenizer, backbone, refiners, test_tokens, autocast, args.seed)
     scores = score_methods(tokenizer, written, test_images[:, -1], test_task, autocast)
     closed = gaps_closed(scores)
     throughput = measure_throughput(tokenizer, backbone, refiners, test_tokens, autocast)
-    best = f"refined_{args.inputs[-1]}"
+    best = f"refined_{args.inputs[-1]}"  # the refiner that reads most
     plot_error_by_position(out / "error_by_position.png", scores)
     plot_training(out / "training.png", logs)
     save_samples(out / "samples.png", tokenizer, written, test_images, test_task, best, autocast)

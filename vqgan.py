@@ -42,7 +42,7 @@ class VQGANConfig:
     code_dim: Annotated[int, "D, size of a code"] = 16
     channels: Annotated[int, "channels at the tokens' resolution"] = 96
     res_blocks: Annotated[int, "residual blocks at the tokens' resolution, in encoder and in decoder"] = 2
-    beta: Annotated[float, "weight of the commitment loss (on the encoder's term)"] = 0.25
+    beta: Annotated[float, "weight of the commitment loss (the encoder's term) relative to the codebook loss"] = 0.25
     gradient_weight: Annotated[float, "weight of the loss on image gradients"] = 1.0
     revive_every: Annotated[int, "steps after which a code that was not used is revived"] = 20
     gan_weight: Annotated[float, "weight of the adversarial loss; 0 turns it off"] = 0.0
@@ -87,8 +87,8 @@ class Codebook(nn.Module):
         z: (..., D). Returns quantized (..., D), whose gradient goes straight to z; tokens (...) long;
         and the two terms of van den Oord et al. (2017), eq. 3, `sg` being the stop-gradient:
 
-            codebook loss ||sg[z] - e||^2   moves the codes          (weight 1)
-            commitment    ||z - sg[e]||^2   moves the encoder        (weight beta)
+            codebook loss ||sg[z] - e||^2   moves the codes          (weight 0.1)
+            commitment    ||z - sg[e]||^2   moves the encoder        (weight 0.1 * beta)
         """
         tokens = self.nearest(z)  # (...)
         e = self.vectors[tokens]  # (..., D)
@@ -132,10 +132,10 @@ class VQGAN(nn.Module):
         super().__init__()
         if image_size % config.factor:
             raise data.UserError(f"--image-size {image_size}: not a multiple of --vqgan-factor {config.factor}")
-        self.config, self.image_size = config, image_size
+        self.config = config
         self.grid = (image_size // config.factor,) * 2  # (h, w)
         levels = config.factor.bit_length() - 1
-        widths = [max(config.channels >> (levels - i), 16) for i in range(levels + 1)]  # e.g. 32, 64, 128
+        widths = [max(config.channels >> (levels - i), 16) for i in range(levels + 1)]  # 24, 48, 96 by default
         down = []
         for i in range(levels):
             # Each halving is one convolution of stride 2; most of the work is done at the tokens' resolution.
@@ -269,7 +269,7 @@ def evaluate(model: VQGAN, sentences: data.Sentences, split: str, autocast) -> d
         **{name: torch.cat(values).mean().item() if values else None for name, values in scores.items()},
         "codes_used": int((counts > 0).sum()),
         "perplexity": torch.special.entr(share).sum().exp().item(),
-        "edge_sharpness": (steep[0] / steep[1].clamp_min(1e-6)).item(),
+        "edge_sharpness": (steep[0] / steep[1]).item() if steep[1] > 0 else None,
     }
 
 
@@ -333,7 +333,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
         if step % 20 == 0 or step == config.steps - 1:
             if not torch.isfinite(loss):
                 raise data.UserError(f"tokenizer: the loss is {loss.item()} at step {step}; try a lower --vqgan-learning-rate")
-            in_use = int((model.codebook.unused < config.revive_every).sum())
+            in_use = len(tokens.unique())
             values = [x.item() for x in (pixels, slopes, commitment_loss, adversarial, d_loss)] + [in_use]
             log["step"].append(step)
             for name, value in zip(names, values, strict=True):
@@ -378,7 +378,7 @@ def compare_adversarial(path, config: VQGANConfig, sentences: data.Sentences, de
     data.save_picture(
         f"{path}.png", rows, ["truth", *(f"{name} GAN" for name in shown)], [t for t in data.TASKS for _ in range(3)]
     )
-    data.save_json(f"{path}.json", {"config": asdict(config), **results})
+    data.save_json(f"{path}.json", {"config": {**asdict(config), "gan_weight": config.gan_weight or 0.5}, **results})
     return results
 
 

@@ -310,14 +310,14 @@ class Refiner(nn.Module):
             raise ValueError(f"inputs {inputs!r}: expected one of {', '.join(INPUTS)}")
         if inputs != "tokens" and hidden_dim < 1:
             raise ValueError(f"inputs {inputs!r} needs hidden_dim, the size of the backbone's hidden states")
-        self.config, self.inputs, self.grid = config, inputs, grid
+        self.inputs, self.grid = inputs, grid
         self.read_code = nn.Linear(code_dim, config.width)
         if inputs != "tokens":
             self.read_hidden = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, config.width))
         if inputs == "context":
             self.read_context = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, config.width))
         # A 3 x 3 convolution in front of each block mixes neighbours on the grid. It is the same at every place, so it
-        # is learnt from few rollouts: on the toy it lifts the share of the gap that is closed from 0.31 to 0.45.
+        # is learnt from few rollouts: on the toy, 600 steps without it close 0.31 of the gap and with it 0.45.
         self.mix = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.row_embedding = nn.Embedding(grid[0], config.width)
         self.column_embedding = nn.Embedding(grid[1], config.width)
