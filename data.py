@@ -210,9 +210,8 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
             continue
         split = path.relative_to(root).parts[0] if given else SPLITS[split_of(image[None])]
         pixels = to_uint8(image)
-        if (
-            split in found and (key := hashlib.sha256(pixels.numpy()).digest()) not in seen
-        ):  # a copy could be demonstration and query
+        key = hashlib.sha256(pixels.numpy()).digest()
+        if split in found and key not in seen:  # a copy could be demonstration and query at once
             seen.add(key)
             found[split].append(pixels)
     counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())

@@ -551,7 +551,8 @@ def describe(config: dict, inputs: list, device) -> dict:
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     tokens = config["gpt"].batch_size * images * N
     # Weights, gradients and moments (two in AdamW, one in Muon) are at most 16 bytes a parameter. Activations in
-    # bfloat16 with fused attention: about 34 bytes per token, layer and channel (Korthikanti et al., 2022); logits: three float32 copies.
+    # bfloat16 with fused attention are about 34 bytes per token, layer and channel (Korthikanti et al., 2022).
+    # The logits stand there three times in float32.
     memory = 16 * params["backbone"] + tokens * (34 * config["gpt"].layers * config["gpt"].width + 12 * V)
     print(f"device {device}, {images} images a sentence, {N} tokens an image, {images * N} tokens a sentence, V = {V}")
     for name, count in params.items():
