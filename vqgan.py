@@ -91,7 +91,7 @@ class Codebook(nn.Module):
             commitment    ||z - sg[e]||^2   moves the encoder        (weight 0.1 * beta)
         """
         tokens = self.nearest(z)  # (...)
-        e = self.vectors[tokens]  # (..., D)
+        e = F.embedding(tokens, self.vectors)  # (..., D); plain indexing adds its gradients in any order
         codebook_loss = (z.detach() - e).square().sum(-1).mean()
         commitment_loss = (z - e.detach()).square().sum(-1).mean()
         quantized = z + (e - z).detach()  # straight-through: forward e, backward the identity on z
