@@ -210,7 +210,7 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
             continue
         split = path.relative_to(root).parts[0] if given else SPLITS[split_of(image[None])]
         pixels = to_uint8(image)
-        key = hashlib.sha256(pixels.numpy()).digest()
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         if split in found and key not in seen:  # a copy could be demonstration and query at once
             seen.add(key)
             found[split].append(pixels)
