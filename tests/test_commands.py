@@ -194,6 +194,16 @@ def test_fresh_refiner_trains_the_refiners_only(copied, command):
     assert metrics_of(folder)["config"]["refiner"]["steps"] == 5
 
 
+def test_fresh_removes_what_was_built_on_the_stage(copied, command):
+    """Otherwise generate.py would run a refiner on a backbone that it was not trained for."""
+    folder, flags = copied
+    tokenizer = (folder / "tokenizer.pt").read_bytes()
+    result = command(train_refiner, *flags, "--fresh", "backbone", "--gpt-steps", "5", "--inputs", "tokens")
+    assert result.status == 0, result.err
+    assert (folder / "tokenizer.pt").read_bytes() == tokenizer
+    assert not (folder / "refiner_hidden.pt").exists()
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(command, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         result = command(train_refiner, *TINY, "--seed", seed, "--inputs", "tokens", "--out", tmp_path / name)
@@ -218,7 +228,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(command, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     result = command(train_refiner, "--preset", preset, "--dry-run")
     assert result.status == 0
-    for name in ("tokenizer", "backbone", "refiner"):
+    for name in ("tokenizer", "backbone", "refiner_tokens", "refiner_hidden"):
         assert any(line.split()[0] == name and "parameters" in line for line in result.out.splitlines())
     assert not list(tmp_path.iterdir())
 
@@ -300,6 +310,9 @@ MISTAKES = {
         ("--preset huge", "--preset"),
         ("--inputs pixels", "--inputs"),
         ("--fresh everything", "--fresh"),
+        ("--eval-sentences 3", "--eval-sentences"),
+        ("--gpt-learning-rate -1", "--gpt-learning-rate"),
+        ("--vqgan-beta -1", "--vqgan-beta"),
         ("--device abacus", "--device abacus"),
         ("--dtype int3", "--dtype int3"),
         ("--out {tmp}/file/below", "--out"),
