@@ -126,11 +126,14 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
             bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             model.eval()
-            with torch.no_grad(), autocast:
-                logits = torch.cat([model(part).float() for part in val.split(32)])
+            losses, right = [], []
+            for part in val.split(32):
+                with torch.no_grad(), autocast:
+                    logits = model(part).float()  # (B, T, V)
+                losses.append(F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none").view(part.shape))
+                right.append(logits[:, -N:].argmax(-1) == part[:, -N:])
             model.train()
-            losses = F.cross_entropy(logits.flatten(0, 1), val.flatten(), reduction="none").view(val.shape)
-            right = (logits[:, -N:].argmax(-1) == val[:, -N:]).float()
+            losses, right = torch.cat(losses), torch.cat(right).float()  # (S, T), (S, N)
             log["val_step"].append(step)
             log["val_loss"].append(losses.mean().item())
             log["val_target_loss"].append(losses[:, -N:].mean().item())
