@@ -113,7 +113,7 @@ class Codebook(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(gelu(conv(gelu(x)))); the last convolution starts at zero, so the block at the identity."""
+    """x + conv(gelu(conv(gelu(x)))); the last weights start at zero, so the block starts as x plus a constant."""
 
     def __init__(self, channels: int, kernel: int):
         super().__init__()

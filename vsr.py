@@ -317,7 +317,7 @@ class Refiner(nn.Module):
         if inputs == "context":
             self.read_context = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, config.width))
         # A 3 x 3 convolution in front of each block mixes neighbours on the grid. It is the same at every place, so it
-        # is learnt from few rollouts: on the toy, 600 steps without it close 0.31 of the gap and with it 0.45.
+        # is learnt from few rollouts: in a trial on an earlier recipe, 600 steps without it closed 0.31 of the gap, with it 0.45.
         self.mix = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.row_embedding = nn.Embedding(grid[0], config.width)
         self.column_embedding = nn.Embedding(grid[1], config.width)

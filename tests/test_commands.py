@@ -204,6 +204,14 @@ def test_fresh_removes_what_was_built_on_the_stage(copied, command):
     assert not (folder / "refiner_hidden.pt").exists()
 
 
+def test_fresh_loses_nothing_when_an_earlier_stage_refuses(copied, command):
+    folder, flags = copied
+    before = contents(folder)
+    result = command(train_refiner, *flags, "--gpt-layers", "3", "--fresh", "refiner")
+    assert result.status == 2
+    assert contents(folder) == before
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(command, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         result = command(train_refiner, *TINY, "--seed", seed, "--inputs", "tokens", "--out", tmp_path / name)
