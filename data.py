@@ -48,12 +48,17 @@ class DataConfig:
     data: Annotated[str, "shapes, glyphs or folder:PATH"] = "shapes"
     image_size: Annotated[int, "height and width of every image in pixels"] = 32
     num_demos: Annotated[int, "K, the demonstration pairs before the query pair (1 to 3)"] = 1
+    palette: Annotated[str, "hues of the drawn objects: fixed, or a rotation that belongs to the sentence"] = "fixed"
     train_sentences: Annotated[int, "sentences the backbone is pretrained on"] = 20480
     eval_sentences: Annotated[int, "sentences of the validation split, and again of the test split"] = 512
 
     def __post_init__(self):
         if self.data not in ("shapes", "glyphs") and not self.data.startswith("folder:"):
             raise UserError(f"--data {self.data}: expected shapes, glyphs or folder:PATH")
+        if self.palette not in ("fixed", "sentence"):
+            raise UserError(f"--palette {self.palette}: expected fixed or sentence")
+        if self.palette == "sentence" and self.data.startswith("folder:"):
+            raise UserError("--palette sentence: photographs have no palette; use it with shapes or glyphs")
         if not 1 <= self.num_demos <= 3:
             raise UserError(f"--num-demos {self.num_demos}: expected 1, 2 or 3")
         if self.image_size < 16 or self.image_size % 8:
@@ -122,13 +127,14 @@ def glyph_masks(size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(masks)).view(len(GLYPHS), 9, size, size)
 
 
-def draw_scenes(masks: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw n random scenes: a flat background and two objects, the second over the first.
 
-    masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`. Returns (n, 3, S, S) in [-1, 1].
+    masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`. turn: (n,) long, how far each scene's hues
+    are rotated: an object of kind k has the hue of kind k + turn. Returns (n, 3, S, S) in [-1, 1].
     Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable.
     """
-    kinds, variants, size, _ = masks.shape
+    n, (kinds, variants, size, _) = len(turn), masks.shape
     colours = palette(kinds)
 
     def pick(high):
@@ -144,7 +150,7 @@ def draw_scenes(masks: torch.Tensor, n: int, generator: torch.Generator) -> torc
         read = torch.arange(size) - place[:, number, :, None] * (size // 8)  # (n, 2, S) where to read the mask
         rows, columns = read.clamp(0, size - 1).unbind(1)  # the masks' borders are empty
         alpha = masks.flatten(0, 1)[(kind * variants + variant)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        image = image + alpha[:, None] * (colours[kind, shade][:, :, None, None] - image)
+        image = image + alpha[:, None] * (colours[(kind + turn) % kinds, shade][:, :, None, None] - image)
     return image
 
 
@@ -299,12 +305,16 @@ class Sentences:
             picked = to_float(images[chosen])  # (n, K+1, 3, S, S)
             mirrored = torch.randint(2, (n, per_sentence, 1, 1, 1), generator=generator).bool()
             return torch.where(mirrored, picked.flip(-1), picked)
-        kept, missing = [], n * per_sentence
-        while missing > 0:
-            images = draw_scenes(self.masks, max(256, missing), generator)
-            kept.append(images[split_of(images) == SPLITS.index(split)][:missing])
-            missing -= len(kept[-1])
-        return torch.cat(kept).view(n, per_sentence, *kept[0].shape[1:])
+        kinds, size = len(self.masks), self.config.image_size
+        turns = kinds if self.config.palette == "sentence" else 1
+        turn = torch.randint(turns, (n, 1), generator=generator).expand(n, per_sentence).flatten()
+        scenes, missing = torch.empty(len(turn), 3, size, size), torch.arange(len(turn))
+        while len(missing) > 0:
+            images = draw_scenes(self.masks, turn[missing], generator)
+            right = split_of(images) == SPLITS.index(split)
+            scenes[missing[right]] = images[right]
+            missing = missing[~right]
+        return scenes.view(n, per_sentence, 3, size, size)
 
     def __call__(self, split: str, index: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the index-th batch of n sentences of a split.
@@ -472,7 +482,10 @@ class Parser(argparse.ArgumentParser):
             if item.name not in skip:
                 kind, text = typing.get_args(hints[item.name])
                 flag = f"--{prefix}{item.name}".replace("_", "-")
-                group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+                if kind is bool:  # --flag and --no-flag
+                    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+                else:
+                    group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
 
 
 def config_from_flags(args, config_class, prefix: str = "", preset: dict | None = None):

@@ -19,6 +19,7 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ import vqgan
 import vsr
 from data import TASKS, DataConfig, UserError
 from vqgan import VQGAN, VQGANConfig, scheduled_rate
-from vsr import GPT, GPTConfig, Refiner, RefinerConfig
+from vsr import GPT, GPTConfig, Refiner, RefinerConfig, Rollout
 
 CHECKPOINTS = {"tokenizer": "tokenizer.pt", "backbone": "backbone.pt", "rollouts": "rollouts.pt", "refiner": "refiner_*.pt"}
 CONFIGS = {"data": DataConfig, "vqgan": VQGANConfig, "gpt": GPTConfig, "refiner": RefinerConfig}
@@ -48,7 +49,7 @@ PRESETS = {
         "vqgan": {"factor": 16, "codebook_size": 8192, "code_dim": 32, "channels": 512, "steps": 100_000,
                   "batch_size": 128, "learning_rate": 3e-4, "gan_weight": 0.5},
         "gpt": {"layers": 24, "heads": 16, "width": 1024, "steps": 100_000, "batch_size": 64, "learning_rate": 3e-4},
-        "refiner": {"layers": 6, "heads": 8, "width": 512, "rollouts": 20_000, "steps": 20_000, "batch_size": 128,
+        "refiner": {"layers": 6, "width": 512, "rollouts": 20_000, "steps": 20_000, "batch_size": 128,
                     "learning_rate": 3e-4},
     },
 }  # fmt: skip
@@ -86,8 +87,8 @@ def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.
     ]
 
 
-def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int, compile: bool = False):
-    """Pretrain the backbone on whole sentences with next-token cross-entropy.
+def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int, compile: bool = False, make=GPT):
+    """Pretrain the backbone, a GPT or what `make` builds, on whole sentences with next-token cross-entropy.
 
     train, val: tokens (S, 2K+2, N). Returns the frozen model and the log; `val_loss` is on 128 held-out
     sentences, all tokens, `val_target_loss` and `val_target_accuracy` on the tokens of their last image.
@@ -95,13 +96,14 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     _, num_images, N = train.shape
-    model = GPT(config, codebook_size, N, num_images).to(device)
+    model = make(config, codebook_size, N, num_images).to(device)
     optimizers = make_optimizers(model, config.learning_rate)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     step_model = torch.compile(model) if compile else model
     val = val[:128].flatten(1).long().to(device)
     log = {"step": [], "loss": [], "val_step": [], "val_loss": [], "val_target_loss": [], "val_target_accuracy": []}
 
+    began = time.perf_counter()
     bar = tqdm(range(config.steps), desc="backbone", unit="step", mininterval=1)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
@@ -138,6 +140,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
             log["val_loss"].append(losses.mean().item())
             log["val_target_loss"].append(losses[:, -N:].mean().item())
             log["val_target_accuracy"].append(right.mean().item())
+    log["tokens_per_s"] = config.steps * train[0].numel() * config.batch_size / (time.perf_counter() - began)
     return model.eval().requires_grad_(False), log
 
 
@@ -162,55 +165,53 @@ def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast) -> torch.Tensor
 # --------------------------------------------------------------------------------------------------
 
 
-def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, inputs: str, autocast):
-    """The hidden states of rollouts, in one parallel pass: (S, N, C) in bfloat16, or None where not read.
+@torch.no_grad()
+def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, autocast) -> Rollout:
+    """The rollouts with their hidden states, read in one parallel pass: states are (S, N, C) in bfloat16 on the CPU.
 
-    Only the tokens of a rollout are kept on disk; its states are read again here, which is cheap, since all
-    positions go through the backbone at once. Returns hidden and context.
+    tokens: sentences (S, 2K+2, N); generated: y_q (S, N). Only the tokens of rollouts are kept on disk. Their states
+    are read again here, which is cheap, since all positions go through the backbone at once.
     """
-    if inputs == "tokens":
-        return None, None
     device = backbone.head.weight.device
-    shape = (*generated.shape, backbone.config.width)
-    hidden = torch.empty(shape, dtype=torch.bfloat16)
-    context = torch.empty(shape, dtype=torch.bfloat16) if inputs == "context" else None
-    for rows in torch.arange(len(generated)).split(128):
+    hidden = torch.empty(*generated.shape, backbone.config.width, dtype=torch.bfloat16)
+    context = torch.empty_like(hidden)
+    for rows in tqdm(torch.arange(len(generated)).split(128), desc="hidden states", unit="batch", mininterval=1):
         with autocast:
-            rollout = backbone.read(tokens[rows, :-1].flatten(1).long().to(device), generated[rows].long().to(device))
-        hidden[rows] = rollout.hidden.bfloat16().cpu()
-        if context is not None:
-            context[rows] = rollout.context.bfloat16().cpu()
-    return hidden, context
+            read = backbone.read(tokens[rows, :-1].flatten(1).long().to(device), generated[rows].long().to(device))
+        hidden[rows], context[rows] = read.hidden.bfloat16().cpu(), read.context.bfloat16().cpu()
+    return Rollout(generated, hidden, context)
 
 
-def train_refiner(config: RefinerConfig, inputs: str, backbone: GPT, codebook, grid, train, val, device, dtype, seed: int):
-    """Train one refiner on rollouts of the frozen backbone.
+def train_refiner(
+    config: RefinerConfig, inputs: str, codebook, grid, rollouts, targets, device, dtype, seed: int,
+    loss_function=vsr.cosine_loss, make=Refiner,
+):  # fmt: skip
+    """Train one refiner on rollouts of a frozen backbone, of whatever kind.
 
-    train, val: pairs (tokens (S, 2K+2, N), generated (S, N)). codebook: (V, D), frozen.
-    Returns the refiner and the log; `val_loss` is the cosine loss on held-out rollouts.
+    rollouts: {"train", "val": Rollout of S rows; states that `inputs` does not read may be None}. targets: {"train",
+    "val": y* (S, N)}. codebook: (V, D), frozen. Returns the refiner and the log; `val_loss` is the cosine loss on
+    held-out rollouts. A study may name another loss of (refined, target), or another class than `Refiner`.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    refiner = Refiner(config, inputs, grid, codebook.shape[1], backbone.config.width).to(device)
+    hidden_dim = 0 if inputs == "tokens" else rollouts["train"].hidden.shape[-1]
+    refiner = make(config, inputs, grid, codebook.shape[1], hidden_dim).to(device)
     optimizers = make_optimizers(refiner, config.learning_rate)
-    hidden, context = read_states(backbone, *train, inputs, autocast)
-    val_hidden, val_context = read_states(backbone, *val, inputs, autocast)
 
-    def batch_loss(pairs, hidden, context, chosen):
-        y, y_true = pairs[1][chosen].long().to(device), pairs[0][chosen, -1].long().to(device)  # (B, N)
-        states = [None if s is None else s[chosen].to(device) for s in (hidden, context)]
+    def batch_loss(split, chosen):
+        y, *states = [x[chosen].to(device) for x in rollouts[split][: 1 + vsr.INPUTS.index(inputs)]]  # (B, N), (B, N, C)
         with autocast:
-            refined = refiner(codebook[y], *states)  # (B, N, D)
-        return vsr.cosine_loss(refined, codebook[y_true])
+            refined = refiner(codebook[y.long()], *states)  # (B, N, D)
+        return loss_function(refined, codebook[targets[split][chosen].long().to(device)])
 
     log = {"step": [], "loss": [], "val_step": [], "val_loss": []}
     bar = tqdm(range(config.steps), desc=f"refiner ({inputs})", unit="step", mininterval=1)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
-        chosen = torch.randint(len(train[1]), (config.batch_size,), generator=generator)
-        loss = batch_loss(train, hidden, context, chosen)
+        chosen = torch.randint(len(targets["train"]), (config.batch_size,), generator=generator)
+        loss = batch_loss("train", chosen)
         refiner.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
@@ -225,11 +226,11 @@ def train_refiner(config: RefinerConfig, inputs: str, backbone: GPT, codebook, g
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             refiner.eval()
             with torch.no_grad():
-                parts = torch.arange(len(val[1])).split(128)
-                total = sum(batch_loss(val, val_hidden, val_context, part).item() * len(part) for part in parts)
+                parts = torch.arange(len(targets["val"])).split(128)
+                total = sum(batch_loss("val", part).item() * len(part) for part in parts)
             refiner.train()
             log["val_step"].append(step)
-            log["val_loss"].append(total / len(val[1]))
+            log["val_loss"].append(total / len(targets["val"]))
             bar.set_postfix(loss=f"{loss.item():.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
     return refiner.eval().requires_grad_(False), log
 
@@ -286,7 +287,8 @@ def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: to
     scores = {}
     for method, y in written.items():
         error = vsr.cosine_error(y, y_true, codebook)  # (S, N)
-        quality = vqgan.psnr(decode_images(tokenizer, y, autocast), truth)  # (S,)
+        images = decode_images(tokenizer, y, autocast)
+        quality, likeness = vqgan.psnr(images, truth), vqgan.ssim(images, truth)  # (S,)
         scores[method] = {}
         for name in ("all", *TASKS):
             rows = torch.ones_like(task, dtype=torch.bool) if name == "all" else task == TASKS.index(name)
@@ -296,6 +298,7 @@ def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: to
                 "auc": by_position.sum().item(),
                 "token_accuracy": (y == y_true)[rows].float().mean().item(),
                 "psnr": quality[rows].mean().item(),
+                "ssim": likeness[rows].mean().item(),
                 "cosine_error_by_position": by_position.tolist(),
             }
     return scores
@@ -597,6 +600,92 @@ def parse_arguments():
     return args
 
 
+class Trained(NamedTuple):
+    """What stages 1 to 4 leave behind."""
+
+    tokenizer: VQGAN
+    backbone: GPT
+    refiners: dict  # {inputs: Refiner}
+    tokens: dict  # {"train", "val": (S, 2K+2, N)} the sentences
+    generated: dict  # {"train", "val": (S, N)} what the backbone wrote for their last image
+    logs: dict  # {stage: its log}
+    seconds: dict  # {stage: wall time}
+
+
+def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed: int, fresh=None, compile=False) -> Trained:
+    """Stages 1 to 4. config: {"data", "vqgan", "gpt", "refiner": a config dataclass}. Finished stages in `out` are reused."""
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    run = {"seed": seed, "dtype": str(dtype).removeprefix("torch.")}
+    scenes = {name: value for name, value in asdict(config["data"]).items() if not name.endswith("sentences")}
+    seconds, logs = {}, {}
+
+    # 1. The tokenizer
+    path, began = out / "tokenizer.pt", time.perf_counter()
+    stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
+    checkpoint = reuse(path, stage_config, "tokenizer", fresh)
+    if checkpoint is None:
+        model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, seed)
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
+        data.save_checkpoint(path, checkpoint)
+    tokenizer = vqgan.build_tokenizer(checkpoint, device)
+    codebook = tokenizer.codebook.vectors
+    logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
+
+    # 2. The backbone
+    path, began = out / "backbone.pt", time.perf_counter()
+    stage_config |= {"gpt": asdict(config["gpt"]), "train_sentences": config["data"].train_sentences}
+    stage_config |= {"eval_sentences": config["data"].eval_sentences}
+    checkpoint = reuse(path, stage_config, "backbone", fresh)
+    tokens = {
+        "train": encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast),
+        "val": encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast),
+    }
+    if checkpoint is None:
+        model, log = train_backbone(config["gpt"], tokens["train"], tokens["val"], len(codebook), device, dtype, seed, compile)
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
+        data.save_checkpoint(path, checkpoint)
+    backbone = build_backbone(checkpoint, device)
+    logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
+
+    # 3. Rollouts of the frozen backbone
+    path, began = out / "rollouts.pt", time.perf_counter()
+    tokens["train"] = tokens["train"][: config["refiner"].rollouts]
+    stage_config |= {"rollouts": config["refiner"].rollouts}
+    checkpoint = reuse(path, stage_config, "rollouts", fresh)
+    if checkpoint is None:
+        checkpoint = {
+            "config": stage_config,
+            **{split: make_rollouts(backbone, tokens[split], autocast) for split in tokens},
+            "seconds": time.perf_counter() - began,
+        }
+        data.save_checkpoint(path, checkpoint)
+    generated = {split: checkpoint[split] for split in tokens}
+    seconds["rollouts"] = checkpoint["seconds"]
+
+    # 4. The refiners
+    refiners, rollouts = {}, None
+    targets = {split: tokens[split][:, -1] for split in tokens}
+    for name in inputs:
+        path, began = out / f"refiner_{name}.pt", time.perf_counter()
+        refiner_config = {**stage_config, "refiner": asdict(config["refiner"]), "inputs": name}
+        checkpoint = reuse(path, refiner_config, "refiner", fresh)
+        if checkpoint is None:
+            if rollouts is None:
+                rollouts = {split: read_states(backbone, tokens[split], generated[split], autocast) for split in tokens}
+                seconds["states"], began = time.perf_counter() - began, time.perf_counter()
+            model, log = train_refiner(config["refiner"], name, codebook, tokenizer.grid, rollouts, targets, device, dtype, seed)
+            checkpoint = {
+                "config": refiner_config,
+                "model": model.state_dict(),
+                "log": log,
+                "seconds": time.perf_counter() - began,
+            }
+            data.save_checkpoint(path, checkpoint)
+        refiners[name] = build_refiner(checkpoint, device)
+        logs[f"refiner_{name}"], seconds[f"refiner_{name}"] = checkpoint["log"], checkpoint["seconds"]
+    return Trained(tokenizer, backbone, refiners, tokens, generated, logs, seconds)
+
+
 def main():
     args = parse_arguments()
     device = data.pick_device(args.device)
@@ -614,77 +703,9 @@ def main():
     out = Path(args.out or f"runs/{args.preset}")
     data.check_writable(out)
     sentences = data.Sentences(config["data"], args.seed)
+    trained = train_models(out, config, args.inputs, sentences, device, dtype, args.seed, args.fresh, args.compile)
+    tokenizer, backbone, refiners, _, _, logs, seconds = trained
     run = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
-    scenes = {name: getattr(config["data"], name) for name in ("data", "image_size", "num_demos")}
-    seconds, logs = {}, {}
-
-    # 1. The tokenizer
-    path, began = out / "tokenizer.pt", time.perf_counter()
-    stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
-    checkpoint = reuse(path, stage_config, "tokenizer", args.fresh)
-    if checkpoint is None:
-        model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, args.seed)
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
-        data.save_checkpoint(path, checkpoint)
-    tokenizer = vqgan.build_tokenizer(checkpoint, device)
-    codebook = tokenizer.codebook.vectors
-    logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
-
-    # 2. The backbone
-    path, began = out / "backbone.pt", time.perf_counter()
-    stage_config |= {"gpt": asdict(config["gpt"]), "train_sentences": config["data"].train_sentences}
-    stage_config |= {"eval_sentences": config["data"].eval_sentences}
-    checkpoint = reuse(path, stage_config, "backbone", args.fresh)
-    train_tokens = encode_sentences(tokenizer, sentences, "train", config["data"].train_sentences, device, autocast)
-    val_tokens = encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast)
-    if checkpoint is None:
-        trained = time.perf_counter()
-        model, log = train_backbone(
-            config["gpt"], train_tokens, val_tokens, len(codebook), device, dtype, args.seed, args.compile
-        )
-        now = time.perf_counter()
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": now - began}
-        checkpoint["tokens_per_s"] = config["gpt"].steps * config["gpt"].batch_size * train_tokens[0].numel() / (now - trained)
-        data.save_checkpoint(path, checkpoint)
-    backbone = build_backbone(checkpoint, device)
-    logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
-    gpt_tokens_per_s = checkpoint["tokens_per_s"]
-
-    # 3. Rollouts of the frozen backbone
-    path, began = out / "rollouts.pt", time.perf_counter()
-    train_tokens = train_tokens[: config["refiner"].rollouts]
-    stage_config |= {"rollouts": config["refiner"].rollouts}
-    checkpoint = reuse(path, stage_config, "rollouts", args.fresh)
-    if checkpoint is None:
-        checkpoint = {
-            "config": stage_config,
-            "train": make_rollouts(backbone, train_tokens, autocast),
-            "val": make_rollouts(backbone, val_tokens, autocast),
-            "seconds": time.perf_counter() - began,
-        }
-        data.save_checkpoint(path, checkpoint)
-    train, val = (train_tokens, checkpoint["train"]), (val_tokens, checkpoint["val"])
-    seconds["rollouts"] = checkpoint["seconds"]
-
-    # 4. The refiners
-    refiners = {}
-    for inputs in args.inputs:
-        path, began = out / f"refiner_{inputs}.pt", time.perf_counter()
-        refiner_config = {**stage_config, "refiner": asdict(config["refiner"]), "inputs": inputs}
-        checkpoint = reuse(path, refiner_config, "refiner", args.fresh)
-        if checkpoint is None:
-            model, log = train_refiner(
-                config["refiner"], inputs, backbone, codebook, tokenizer.grid, train, val, device, dtype, args.seed
-            )
-            checkpoint = {
-                "config": refiner_config,
-                "model": model.state_dict(),
-                "log": log,
-                "seconds": time.perf_counter() - began,
-            }
-            data.save_checkpoint(path, checkpoint)
-        refiners[inputs] = build_refiner(checkpoint, device)
-        logs[f"refiner_{inputs}"], seconds[f"refiner_{inputs}"] = checkpoint["log"], checkpoint["seconds"]
 
     # 5. Evaluation on the test split
     began = time.perf_counter()
@@ -709,7 +730,7 @@ def main():
         "backbone": {name: log[name][-1] for name in ("loss", "val_loss", "val_target_loss", "val_target_accuracy")},
         "methods": scores,
         "gap_closed": closed,
-        "throughput": {"gpt_train_tokens_per_s": gpt_tokens_per_s, **throughput},
+        "throughput": {"gpt_train_tokens_per_s": log["tokens_per_s"], **throughput},
     }
     data.save_json(out / "metrics.json", metrics)
 

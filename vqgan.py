@@ -240,6 +240,30 @@ def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(4e-6))
 
 
+def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each image (Wang et al., 2004): (B, 3, H, W) in [-1, 1] -> (B,), 1 for equal images.
+
+    The mean over channels and over all places of a Gaussian window of 11 x 11 pixels, sigma 1.5:
+
+        (2 m_x m_y + C1)(2 s_xy + C2) / ((m_x^2 + m_y^2 + C1)(s_x^2 + s_y^2 + C2)),   C1 = 0.02^2, C2 = 0.06^2
+
+    with C1 and C2 for a range of 2. Raises RuntimeError for images smaller than the window.
+    """
+    window = torch.exp(-torch.arange(-5.0, 6.0, device=images.device).square() / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(x):  # (B, 3, H, W) -> (B, 3, H-10, W-10)
+        x = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
+        return F.conv2d(x, window.view(1, 1, 1, 11)).view(*images.shape[:2], *[size - 10 for size in images.shape[2:]])
+
+    x, y = images.float(), truth.float()
+    m_x, m_y = blur(x), blur(y)
+    s_x, s_y, s_xy = blur(x * x) - m_x**2, blur(y * y) - m_y**2, blur(x * y) - m_x * m_y
+    luminance = (2 * m_x * m_y + 0.02**2) / (m_x**2 + m_y**2 + 0.02**2)
+    structure = (2 * s_xy + 0.06**2) / (s_x + s_y + 0.06**2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
 @torch.no_grad()
 def evaluate(model: VQGAN, sentences: data.Sentences, split: str, autocast) -> dict:
     """Measure the tokenizer over a whole split: PSNR (dB), code use and edge sharpness.

@@ -24,6 +24,7 @@ Tokens are long (B, N); embeddings are float (B, N, D). To put the refiner on a 
 `Refiner`, `cosine_loss` and `refine`.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -31,6 +32,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 INPUTS = ("tokens", "hidden", "context")
 
@@ -56,11 +58,12 @@ class RefinerConfig:
     """The refiner and its training."""
 
     layers: Annotated[int, "bidirectional Transformer blocks"] = 2
-    heads: Annotated[int, "attention heads"] = 2
+    heads: Annotated[int, "attention heads"] = 16
     width: Annotated[int, "size of a hidden state"] = 128
     dropout: Annotated[float, "dropout in the blocks while training"] = 0.1
+    attention: Annotated[bool, "let positions see each other; without, each is alone (a control)"] = True
     rollouts: Annotated[int, "sentences the frozen backbone generates to train the refiners on"] = 20480
-    steps: Annotated[int, "training steps"] = 2800
+    steps: Annotated[int, "training steps"] = 2000
     batch_size: Annotated[int, "rollouts a step"] = 64
     learning_rate: Annotated[float, "peak learning rate of Muon and AdamW"] = 1e-2
 
@@ -86,10 +89,18 @@ def check_sizes(prefix: str, config) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, length: int | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (B, H, T, d) and k, v (B, H, S, d) -> (B, H, T, d).
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    length: int | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for q (B, H, T, d) and k, v (B, H, S, d) -> (B, H, T, d).
 
     causal: query t sees the keys 0..t only (T = S). length: all queries see the first `length` keys only.
+    bias: (H, T, S), added to the scores. At most one of the three.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # PyTorch's own kernel has no fast bfloat16 on CPUs: on an AVX512-BF16 machine the backbone trains at
@@ -99,19 +110,51 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, leng
             scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
         if length is not None:
             scores[..., length:] = -torch.inf
+        if bias is not None:
+            scores = scores + bias.to(q.dtype)
         return scores.softmax(-1) @ v
-    mask = None if length is None else (torch.arange(k.shape[2], device=k.device) < length)[None, None, None, :]
+    mask = None if bias is None else bias.to(q.dtype)
+    if length is not None:
+        mask = (torch.arange(k.shape[2], device=k.device) < length)[None, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, causal or over all positions."""
+class RelativeBias(nn.Module):
+    """What a head adds to the score of a key, by where it lies from the query on the grid: a learnt table a head.
 
-    def __init__(self, width: int, heads: int, causal: bool):
+        bias[head, t, s] = table[head, row_s - row_t, column_s - column_t]
+
+    As in Swin (Liu et al., 2021). At the start each head looks at one neighbour, the nearest ones first, as in ConViT
+    (d'Ascoli et al., 2021): attention then begins as a convolution, and learns from few examples to look further.
+    """
+
+    def __init__(self, heads: int, grid: tuple[int, int]):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        h, w = grid
+        self.table = nn.Parameter(torch.zeros(heads, (2 * h - 1) * (2 * w - 1)))
+        around = [(y, x) for y in range(1 - h, h) for x in range(1 - w, w) if (y, x) != (0, 0)]
+        around.sort(key=lambda offset: offset[0] ** 2 + offset[1] ** 2)
+        with torch.no_grad():
+            for head, (y, x) in zip(range(heads), itertools.cycle(around or [(0, 0)])):
+                self.table[head, (y + h - 1) * (2 * w - 1) + x + w - 1] = 5.0
+        row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)  # (N,) each, raster order
+        y, x = row[None, :] - row[:, None], column[None, :] - column[:, None]  # (N, N): from query t to key s
+        self.register_buffer("place", (y + h - 1) * (2 * w - 1) + x + w - 1, persistent=False)  # (N, N) into the table
+
+    def forward(self) -> torch.Tensor:
+        """-> (H, N, N)"""
+        return F.embedding(self.place, self.table.T).permute(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: causal, or, with a grid, over all positions of an image at once."""
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int] | None = None):
+        super().__init__()
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.relative = None if grid is None else RelativeBias(heads, grid)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
         """x: (B, T, C) at positions start .. start+T-1 of the sequence -> (B, T, C).
@@ -127,31 +170,33 @@ class Attention(nn.Module):
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             if T == 1:  # The whole cache goes in, masked: slices of it would be copied at every step.
                 k, v, length = *cache.unbind(0), start + 1  # (B, H, T_max, d)
-        y = attend(q, k, v, causal=self.causal and T > 1, length=length)  # (B, H, T, d)
+        bias = None if self.relative is None else self.relative()  # (H, T, T)
+        y = attend(q, k, v, causal=bias is None and T > 1, length=length, bias=bias)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-norm Transformer block: x + attention(norm(x)), then x + MLP(norm(x)). Without attention: the MLP alone."""
 
-    def __init__(self, width: int, heads: int, dropout: float, causal: bool):
+    def __init__(self, width: int, heads: int, dropout: float, grid: tuple[int, int] | None = None, attention: bool = True):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, causal)
+        self.norm1 = nn.LayerNorm(width) if attention else None
+        self.attention = Attention(width, heads, grid) if attention else None
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), cache, start))  # (B, T, C)
+        if self.attention is not None:
+            x = x + self.dropout(self.attention(self.norm1(x), cache, start))  # (B, T, C)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 def init_weights(module: nn.Module) -> None:
     """GPT-2's initialisation: normal(0, 0.02) for weights, zero for biases."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -165,7 +210,7 @@ class Rollout(NamedTuple):
 
     tokens: torch.Tensor  # (B, N) long: y_q
     hidden: torch.Tensor  # (B, N, C): the last hidden state at the position that predicted each token
-    context: torch.Tensor  # (B, N, C): the last hidden states over the query source src_q
+    context: torch.Tensor  # (B, N, C): the last hidden states over the query source src_q, after reading each token
 
 
 class GPT(nn.Module):
@@ -185,7 +230,7 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(codebook_size + 1, config.width)
         self.place_embedding = nn.Embedding(tokens_per_image, config.width)
         self.image_embedding = nn.Embedding(num_images, config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout, causal=True) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, codebook_size, bias=False)
         self.apply(init_weights)
@@ -262,6 +307,43 @@ class GPT(nn.Module):
         return Rollout(torch.stack(tokens, dim=1), torch.cat(hidden, dim=1), context)
 
 
+class LoRA(nn.Module):
+    """Low-rank adaptation of a frozen weight (out, in): W + B A, with A (rank, in) and B (out, rank), B = 0 at the start.
+
+    Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models* (2021). The scale alpha / rank of the paper is
+    left out: with B at zero and a learning rate chosen on validation data it says nothing new.
+    """
+
+    def __init__(self, weight: torch.Tensor, rank: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5)
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.B @ self.A
+
+
+def add_lora(model: nn.Module, rank: int) -> list[nn.Parameter]:
+    """Freeze `model` and put low-rank adapters on every Linear layer of its blocks; returns the parameters to train.
+
+    The model computes the same until they are trained.
+    """
+    model.requires_grad_(False)
+    adapters = []
+    for layer in [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]:
+        adapter = LoRA(layer.weight, rank)
+        parametrize.register_parametrization(layer, "weight", adapter)
+        adapters += [adapter.A, adapter.B]
+    return adapters
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Write trained adapters into the weights they adapt: an ordinary model again, as fast as before."""
+    for layer in [layer for layer in model.modules() if parametrize.is_parametrized(layer, "weight")]:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    model.requires_grad_(False)
+
+
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> torch.Tensor:
     """Draw one token for each row of logits (B, V) -> (B,) long.
 
@@ -300,7 +382,8 @@ class Refiner(nn.Module):
     inputs: what it reads at each position.
         "tokens"   codebook[y_q] alone: the paper's reading
         "hidden"   and the backbone's last hidden state at the position that predicted the token (ours)
-        "context"  and the hidden states over src_q, as N more positions that are read, never refined (ours)
+        "context"  and its hidden state at the same place of src_q, the query source (ours)
+    With `config.attention = False` each position is alone: the control without global context.
     grid: (h, w) of the tokens, N = h * w. hidden_dim: size of the backbone's states (unused for "tokens").
     """
 
@@ -316,12 +399,11 @@ class Refiner(nn.Module):
             self.read_hidden = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, config.width))
         if inputs == "context":
             self.read_context = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, config.width))
-        # A 3 x 3 convolution in front of each block mixes neighbours on the grid. It is the same at every place, so it
-        # is learnt from few rollouts: in a trial on an earlier recipe, 600 steps without it closed 0.31 of the gap, with it 0.45.
-        self.mix = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.row_embedding = nn.Embedding(grid[0], config.width)
         self.column_embedding = nn.Embedding(grid[1], config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout, causal=False) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout, grid, config.attention) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.move = nn.Linear(config.width, code_dim)
         self.apply(init_weights)
@@ -330,29 +412,29 @@ class Refiner(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, hidden: torch.Tensor | None = None, context: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """embeddings (B, N, D), hidden (B, N, C), context (B, N, C) -> refined (B, N, D), unit norm.
+        """embeddings (B, N, D), hidden (B, N, C), context (B, N, C) -> refined e'_seq (B, N, D), unit norm.
 
         Raises ValueError if what `inputs` needs is missing, or N is not the grid's.
         """
-        h, w = self.grid
-        N = embeddings.shape[1]
+        embeddings = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
+        return F.normalize(embeddings + self.moves(embeddings, hidden, context), dim=-1)
+
+    def moves(self, embeddings: torch.Tensor, hidden: torch.Tensor | None, context: torch.Tensor | None) -> torch.Tensor:
+        """g_phi: by how much to move each of the unit-norm embeddings (B, N, D), all positions at once -> (B, N, D)."""
+        N, (h, w) = embeddings.shape[1], self.grid
         if h * w != N:
             raise ValueError(f"{N} embeddings a sequence, but the refiner's grid is {h} x {w} = {h * w}")
         if (hidden is None and self.inputs != "tokens") or (context is None and self.inputs == "context"):
             raise ValueError(f"a refiner with inputs {self.inputs!r} needs the backbone's hidden states as well")
-        embeddings = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
         place = (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)  # (N, C)
         x = self.read_code(embeddings) + place  # (B, N, C)
         if self.inputs != "tokens":
             x = x + self.read_hidden(hidden.float())
         if self.inputs == "context":
-            x = torch.cat([x, self.read_context(context.float()) + place], dim=1)  # (B, 2N, C)
-        for mix, block in zip(self.mix, self.blocks, strict=True):
-            grids = x.unflatten(1, (-1, h, w)).flatten(0, 1).permute(0, 3, 1, 2)  # (B, C, h, w); with context (2B, C, h, w)
-            x = x + mix(grids).permute(0, 2, 3, 1).reshape(x.shape)
-            x = block(x)  # (B, N, C); with context (B, 2N, C)
-        move = self.move(self.norm(x[:, :N]))  # (B, N, D)
-        return F.normalize(embeddings + move.float(), dim=-1)
+            x = x + self.read_context(context.float())
+        for block in self.blocks:
+            x = block(x)  # (B, N, C)
+        return self.move(self.norm(x)).float()
 
 
 def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

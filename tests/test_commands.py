@@ -53,10 +53,13 @@ def test_refiner_training_leaves_backbone_and_codebook_alone():
     backbone = vsr.GPT(vsr.GPTConfig(layers=1, width=16), V, N, 4).eval().requires_grad_(False)
     codebook = F.normalize(torch.randn(V, 8), dim=-1)
     before = [codebook.clone(), *(p.clone() for p in backbone.parameters())]
-    tokens, generated = torch.randint(V, (32, 4, N)), torch.randint(V, (32, N))
+    sentences = torch.randint(V, (32, 4, N))
+    generated = train_refiner.make_rollouts(backbone, sentences, torch.autocast("cpu", enabled=False))
+    read = train_refiner.read_states(backbone, sentences, generated, torch.autocast("cpu", enabled=False))
+    rollouts, targets = {"train": read, "val": read}, {"train": sentences[:, -1], "val": sentences[:, -1]}
     config = vsr.RefinerConfig(layers=1, width=16, rollouts=32, steps=5, batch_size=8)
     refiner, log = train_refiner.train_refiner(
-        *(config, "context", backbone, codebook, (2, 3), (tokens, generated), (tokens, generated)),
+        *(config, "context", codebook, (2, 3), rollouts, targets),
         *(torch.device("cpu"), torch.float32, 0),
     )
     after = [codebook, *backbone.parameters()]

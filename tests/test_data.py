@@ -1,5 +1,6 @@
 """Datasets, tasks, folders of images, and files that are written and read back."""
 
+import colorsys
 import json
 import pickle
 from pathlib import Path
@@ -81,9 +82,35 @@ def test_batches_give_the_first_sentences_whatever_the_total():
     assert len(as_bytes(data.to_uint8(many[0]))) == 300
 
 
-@pytest.mark.parametrize("name", ["shapes", "glyphs"])
-def test_no_picture_is_in_two_splits(name):
-    sentences = Sentences(DataConfig(data=name))
+def hues_of(images: torch.Tensor) -> set[float]:
+    """The hues, in steps of 5 degrees, of the saturated pixels of images (n, 3, S, S)."""
+    rgb = data.to_uint8(images).movedim(1, -1).flatten(0, -2).float()
+    strong = rgb[(rgb.amax(1) - rgb.amin(1)) > 0.7 * rgb.amax(1)] / 255
+    return {round(colorsys.rgb_to_hsv(*pixel)[0] * 72) for pixel in strong.unique(dim=0).tolist()}
+
+
+def test_a_palette_of_its_own_rotates_the_hues_of_a_whole_sentence():
+    """The colour of a kind of object differs between sentences, and is one in all scenes of a sentence."""
+    masks = data.shape_masks(32)
+
+    def turned(turn):
+        return data.draw_scenes(masks, torch.full((64,), turn), torch.Generator().manual_seed(0))
+
+    assert not torch.equal(turned(0), turned(1))
+    assert torch.equal(turned(0), turned(len(masks))), "a whole turn changes nothing"
+    unturned = [(turned(0) == turned(turn)).all(1) for turn in (1, 2)]
+    assert torch.equal(*unturned), "places, shapes and background stay"
+    fixed, own = (Sentences(DataConfig(palette=p))("train", 0, 32)[0] for p in ("fixed", "sentence"))
+    assert hues_of(fixed[:, 1]) == hues_of(own[:, 1])
+    with pytest.raises(UserError, match="palette"):
+        DataConfig(data="folder:x", palette="sentence")
+    with pytest.raises(UserError, match="palette"):
+        DataConfig(palette="rainbow")
+
+
+@pytest.mark.parametrize(("name", "palette"), [("shapes", "fixed"), ("shapes", "sentence"), ("glyphs", "fixed")])
+def test_no_picture_is_in_two_splits(name, palette):
+    sentences = Sentences(DataConfig(data=name, palette=palette))
     train, val, test = (as_bytes(scenes_of(sentences, split, 1000)) for split in data.SPLITS)
     assert min(len(train), len(val), len(test)) > 900
     assert not train & val

@@ -168,6 +168,19 @@ def test_psnr():
     assert vqgan.psnr(images, truth).tolist() == pytest.approx([20, 0, 60], abs=1e-4)
 
 
+def test_ssim():
+    truth = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert vqgan.ssim(truth, truth).tolist() == pytest.approx([1, 1], abs=1e-5)
+    little, much = truth + 0.1 * torch.randn_like(truth), truth + torch.randn_like(truth)
+    assert (vqgan.ssim(little, truth) > vqgan.ssim(much, truth)).all()
+    assert torch.allclose(vqgan.ssim(little, truth), vqgan.ssim(truth, little), atol=1e-6), "symmetric"
+    # Two flat images: no structure to compare, so the luminance term alone
+    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
+    expected = (2 * 0.5 * -0.25 + 0.0004) / (0.5**2 + 0.25**2 + 0.0004)
+    assert vqgan.ssim(a, b).item() == pytest.approx(expected, abs=1e-5)
+    assert vqgan.ssim(truth, truth.flip(0))[0] == pytest.approx(vqgan.ssim(truth[:1], truth[1:])[0].item(), abs=1e-6)
+
+
 def test_gradient_loss_ignores_brightness_and_sees_edges():
     images = torch.rand(2, 3, 8, 8)
     assert vqgan.gradient_loss(images + 0.3, images) < 1e-10

@@ -1,5 +1,7 @@
 """The method: causal backbone, cached generation, sampling, the refiner, and what is measured."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,9 @@ def codebook():
     return torch.randn(V, D) * 3
 
 
-def make_refiner(inputs: str, moved: bool = True) -> Refiner:
+def make_refiner(inputs: str, moved: bool = True, **options) -> Refiner:
     """A small refiner; `moved` gives its last layer random weights, so that it is not the identity any more."""
-    refiner = Refiner(RefinerConfig(layers=2, heads=2, width=16, dropout=0.0), inputs, GRID, D, C).eval()
+    refiner = Refiner(RefinerConfig(layers=2, heads=2, width=16, dropout=0.0, **options), inputs, GRID, D, C).eval()
     if moved:
         torch.nn.init.normal_(refiner.move.weight, std=0.5)
     return refiner
@@ -63,6 +65,33 @@ def test_attention_is_the_softmax_of_its_docstring(dtype, queries, causal, lengt
     result = vsr.attend(q.to(dtype), k.to(dtype), v.to(dtype), causal, length)
     assert result.dtype == dtype
     assert torch.allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_adds_a_bias_to_the_scores(dtype):
+    q, k, v, bias = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randn(3, 7, 7)
+    expected = (q @ k.transpose(-1, -2) / 8**0.5 + bias).softmax(-1) @ v
+    result = vsr.attend(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias)
+    assert torch.allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.04)
+
+
+def test_relative_bias_depends_on_the_offset_alone_and_starts_at_neighbours():
+    h, w = 3, 4
+    relative = vsr.RelativeBias(6, (h, w))
+    looked_at = relative().argmax(-1)  # (6, N)
+    centre = 1 * w + 1
+    offsets = [divmod(t, w) for t in looked_at[:, centre].tolist()]
+    steps = sorted((abs(y - 1), abs(x - 1)) for y, x in offsets)
+    assert steps == [(0, 1), (0, 1), (1, 0), (1, 0), (1, 1), (1, 1)], "the four nearest, then diagonals"
+    assert len(set(offsets)) == 6
+    torch.nn.init.normal_(relative.table)
+    bias = relative()
+    seen = {}
+    for t in range(h * w):
+        for s in range(h * w):
+            offset = (s // w - t // w, s % w - t % w)
+            assert torch.equal(seen.setdefault(offset, bias[:, t, s]), bias[:, t, s])
+    assert len({tuple(value.tolist()) for value in seen.values()}) == (2 * h - 1) * (2 * w - 1)
 
 
 # The backbone
@@ -197,7 +226,54 @@ def test_sampling_repeats_with_its_seed():
     assert not torch.equal(drawn(p, seed=1), drawn(p, seed=2))
 
 
+# LoRA
+
+
+def test_lora_starts_as_the_model_and_trains_the_adapters_alone(gpt):
+    tokens = torch.randint(V, (2, IMAGES * N))
+    model = copy.deepcopy(gpt)
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    adapters = vsr.add_lora(model, rank=2)
+    assert torch.allclose(model(tokens), gpt(tokens), atol=1e-6)
+    assert len(adapters) == 2 * 4 * len(gpt.blocks), "attention's two and the MLP's two layers of each block"
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapters}
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+    for _ in range(3):
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    now = {name.replace("parametrizations.weight.original", "weight"): p for name, p in model.named_parameters()}
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    assert not torch.allclose(model(tokens), gpt(tokens), atol=1e-3)
+
+
+def test_a_merged_lora_is_an_ordinary_model_with_the_same_logits(gpt):
+    tokens = torch.randint(V, (2, IMAGES * N))
+    model = copy.deepcopy(gpt)
+    for adapter in vsr.add_lora(model, rank=2):
+        torch.nn.init.normal_(adapter, std=0.2)
+    before = model(tokens)
+    vsr.merge_lora(model)
+    assert model.state_dict().keys() == gpt.state_dict().keys()
+    assert torch.allclose(model(tokens), before, atol=1e-5)
+    change = model.blocks[0].mlp[0].weight - gpt.blocks[0].mlp[0].weight
+    assert torch.linalg.matrix_rank(change) == 2
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 # The refiner
+
+
+@INPUTS
+def test_without_attention_each_position_is_alone(inputs):
+    refiner, embeddings, given = make_refiner(inputs, attention=False), torch.randn(1, N, D), states(1)
+    before = refiner(embeddings, **given)
+    for position in range(N):
+        changed = embeddings.clone()
+        changed[:, position] += 1
+        moved = (refiner(changed, **given) - before).abs().amax(-1)[0] > 1e-6
+        assert moved.nonzero().flatten().tolist() == [position]
 
 
 @INPUTS
