@@ -1,6 +1,6 @@
 """Use what was trained: generate images, refine them, and look at both.
 
-    python generate.py                                            # toy sentences of the test split
+    python generate.py                                            # toy sentences of the test split, shipped weights
     python generate.py --task edges --gif edges.gif               # and the raster being written, as an animation
     python generate.py --task colorize --query photo.png          # your scene; demonstrations from the toy
     python generate.py --query q.png --demos src.png dst.png      # all yours: K source/target pairs and a source
@@ -19,6 +19,8 @@ import train_refiner
 import vqgan
 import vsr
 from data import TASKS, UserError
+
+SHIPPED = Path(__file__).parent / "weights" / "toy.pt"  # python train_refiner.py --weights weights/toy.pt
 
 
 def sentences_to_show(args, sentences: data.Sentences) -> tuple[torch.Tensor, bool]:
@@ -107,7 +109,7 @@ def save_animation(path, tokenizer, query, truth, y, y_refined, y_true) -> None:
 
 def main():
     parser = data.Parser(description="Generate images with and without refinement.")
-    parser.add_argument("--run", default="runs/toy", help="folder of a finished train_refiner.py (default: runs/toy)")
+    parser.add_argument("--run", help="folder or weights of a train_refiner.py (default: runs/toy, or else the shipped weights)")
     parser.add_argument("--task", choices=TASKS, help="which task (default: a mix)")
     parser.add_argument("--query", metavar="IMAGE", help="your own image, with --task or --demos")
     parser.add_argument("--demos", nargs="+", metavar="IMAGE", help="your own demonstrations: source target [source target ...]")
@@ -133,6 +135,7 @@ def main():
         if path:
             data.check_writable(Path(path).parent, flag)
     device = data.pick_device(args.device)
+    args.run = args.run or ("runs/toy" if Path("runs/toy").is_dir() else SHIPPED)
     tokenizer, backbone, refiners, config = train_refiner.load_run(args.run, device)
     inputs = args.inputs or list(refiners)[-1]
     if inputs not in refiners:
@@ -163,7 +166,7 @@ def main():
             row += [vsr.cosine_error(rollout.tokens[i], y_refined[i], codebook).view(tokenizer.grid)]
         rows.append(row)
     data.save_picture(args.out, rows, column_labels=heads)
-    print(f"wrote {args.out}: {len(images)} sentences, refiner '{inputs}'")
+    print(f"wrote {args.out}: {len(images)} sentences, refiner '{inputs}' of {args.run}")
     if truth_known:
         for name, y, made in (("generated", rollout.tokens, written), ("refined", y_refined, refined)):
             error = vsr.cosine_error(y, y_true, codebook).mean().item()

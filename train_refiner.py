@@ -65,7 +65,7 @@ def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, to
     """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU."""
     small = torch.int16 if tokenizer.config.codebook_size < 2**15 else torch.int32
     tokens = []
-    for images, _ in tqdm(sentences.batches(split, total), f"encode {split}", -(-total // 64), mininterval=1):
+    for images, _ in tqdm(sentences.batches(split, total), f"encode {split}", -(-total // 64), mininterval=1, leave=None):
         with autocast:
             encoded = tokenizer.encode(images.flatten(0, 1).to(device))
         tokens.append(encoded.view(*images.shape[:2], -1).to("cpu", small))
@@ -104,7 +104,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
     log = {"step": [], "loss": [], "val_step": [], "val_loss": [], "val_target_loss": [], "val_target_accuracy": []}
 
     began = time.perf_counter()
-    bar = tqdm(range(config.steps), desc="backbone", unit="step", mininterval=1)
+    bar = tqdm(range(config.steps), desc="backbone", unit="step", mininterval=1, leave=None)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
@@ -153,7 +153,7 @@ def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast) -> torch.Tensor
     """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
     device = backbone.head.weight.device
     generated = []
-    for part in tqdm(tokens.split(64), desc="rollouts", unit="batch", mininterval=1):
+    for part in tqdm(tokens.split(64), desc="rollouts", unit="batch", mininterval=1, leave=None):
         prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
         with autocast:
             generated.append(backbone.generate(prompt, part.shape[2]).tokens.to("cpu", tokens.dtype))
@@ -175,7 +175,7 @@ def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, au
     device = backbone.head.weight.device
     hidden = torch.empty(*generated.shape, backbone.config.width, dtype=torch.bfloat16)
     context = torch.empty_like(hidden)
-    for rows in tqdm(torch.arange(len(generated)).split(128), desc="hidden states", unit="batch", mininterval=1):
+    for rows in tqdm(torch.arange(len(generated)).split(128), desc="hidden states", unit="batch", mininterval=1, leave=None):
         with autocast:
             read = backbone.read(tokens[rows, :-1].flatten(1).long().to(device), generated[rows].long().to(device))
         hidden[rows], context[rows] = read.hidden.bfloat16().cpu(), read.context.bfloat16().cpu()
@@ -206,7 +206,7 @@ def train_refiner(
         return loss_function(refined, codebook[targets[split][chosen].long().to(device)])
 
     log = {"step": [], "loss": [], "val_step": [], "val_loss": []}
-    bar = tqdm(range(config.steps), desc=f"refiner ({inputs})", unit="step", mininterval=1)
+    bar = tqdm(range(config.steps), desc=f"refiner ({inputs})", unit="step", mininterval=1, leave=None)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
@@ -490,29 +490,60 @@ def build_refiner(checkpoint: dict, device) -> Refiner:
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_run(folder, device) -> tuple[VQGAN, GPT, dict, dict]:
+def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
     """All models of a finished run: tokenizer, backbone, {inputs: refiner}, and the configuration they share.
 
-    Raises UserError, naming the file, if a checkpoint is missing or damaged.
+    path: the folder of a run, or a file that `save_weights` wrote. Raises UserError, naming the file, if a
+    checkpoint is missing or damaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--run {folder}: no such folder; `python train_refiner.py` makes one")
+    path = Path(path)
+    whole = data.load_checkpoint(path) if path.is_file() else None
+    if whole is None and not path.is_dir():
+        raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
 
     def load(name, build):
-        checkpoint = data.load_checkpoint(folder / name)
         try:
+            checkpoint = data.load_checkpoint(path / name) if whole is None else whole["checkpoints"][name]
             return build(checkpoint, device), checkpoint["config"]
         except (KeyError, TypeError, RuntimeError):  # some other model's checkpoint
-            raise UserError(f"{folder / name}: the checkpoint of another model or another version") from None
+            raise UserError(f"{path / name}: the checkpoint of another model or another version") from None
 
     tokenizer, _ = load("tokenizer.pt", vqgan.build_tokenizer)
     backbone, config = load("backbone.pt", build_backbone)
-    present = [inputs for inputs in vsr.INPUTS if (folder / f"refiner_{inputs}.pt").is_file()]
-    refiners = {inputs: load(f"refiner_{inputs}.pt", build_refiner)[0] for inputs in present}
+    names = {inputs: f"refiner_{inputs}.pt" for inputs in vsr.INPUTS}
+    present = [i for i, name in names.items() if ((path / name).is_file() if whole is None else name in whole["checkpoints"])]
+    refiners = {inputs: load(names[inputs], build_refiner)[0] for inputs in present}
     if not refiners:
-        raise UserError(f"--run {folder}: no refiner_*.pt in it; `python train_refiner.py --out {folder}` goes on")
+        raise UserError(f"--run {path}: no refiner_*.pt in it; `python train_refiner.py --out {path}` goes on")
     return tokenizer, backbone, refiners, config
+
+
+def save_weights(path, out: Path, inputs, sentences: data.Sentences, device, count: int = 96) -> None:
+    """Put all models of a run into one file, in half precision, and beside it, as JSON, what they score.
+
+    The scores are of the first `count` test sentences, in float32, with the weights as they are in the file.
+    """
+    names = ["tokenizer.pt", "backbone.pt", *(f"refiner_{name}.pt" for name in inputs)]
+    checkpoints = {name: data.load_checkpoint(out / name) for name in names}
+    small = {
+        name: {"config": c["config"], "model": {k: v.half() if v.is_floating_point() else v for k, v in c["model"].items()}}
+        for name, c in checkpoints.items()
+    }
+    data.save_checkpoint(path, {"config": checkpoints["backbone.pt"]["config"], "checkpoints": small})
+    data.save_json(Path(path).with_suffix(".json"), {"sentences": count, "scores": score_weights(path, sentences, device, count)})
+
+
+def score_weights(path, sentences: data.Sentences, device, count: int) -> dict:
+    """{method: {task: {cosine_error, token_accuracy, psnr, ssim}}} of the models in a file, on the first test sentences."""
+    tokenizer, backbone, refiners, _ = load_run(path, device)
+    autocast = torch.autocast(device.type, enabled=False)
+    images, task = data.joined(sentences.batches("test", count))
+    tokens = encode_sentences(tokenizer, sentences, "test", count, device, autocast)
+    scores = score_methods(
+        tokenizer, decode_methods(tokenizer, backbone, refiners, tokens, autocast), images[:, -1], task, autocast
+    )
+    kept = ("cosine_error", "token_accuracy", "psnr", "ssim")
+    return {m: {name: {k: round(score[k], 5) for k in kept} for name, score in by.items()} for m, by in scores.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,6 +623,7 @@ def parse_arguments():
         choices=CHECKPOINTS,
         help="train again from this stage on (no stage: all)",
     )
+    parser.add_argument("--weights", metavar="FILE.pt", help="also write all models into one file, in half precision")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, train nothing")
     for name, config_class in CONFIGS.items():
         parser.add_config(config_class, "" if name == "data" else f"{name}_")
@@ -702,6 +734,10 @@ def main():
         return
     out = Path(args.out or f"runs/{args.preset}")
     data.check_writable(out)
+    if args.weights:
+        if Path(args.weights).suffix != ".pt":
+            raise UserError(f"--weights {args.weights}: expected a file name that ends in .pt")
+        data.check_writable(Path(args.weights).parent, "--weights")
     sentences = data.Sentences(config["data"], args.seed)
     trained = train_models(out, config, args.inputs, sentences, device, dtype, args.seed, args.fresh, args.compile)
     tokenizer, backbone, refiners, _, _, logs, seconds = trained
@@ -740,6 +776,9 @@ def main():
     print("backbone    " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["backbone"].items()))
     print("throughput  " + ", ".join(f"{k} {v:,.3g}" for k, v in metrics["throughput"].items()))
     print("seconds     " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f", all {sum(seconds.values()):.0f}")
+    if args.weights:
+        save_weights(args.weights, out, args.inputs, sentences, device)
+        print(f"\nwrote {args.weights}, and what it scores as JSON beside it")
     print(f"\nwrote metrics.json, error_by_position.png, samples.png, reconstructions.png and training.png to {out}")
 
 

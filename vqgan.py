@@ -322,7 +322,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
     names = ("reconstruction", "gradient", "commitment", "generator", "discriminator", "codes_in_use")
     log = {"step": [], **{name: [] for name in names}}
 
-    bar = tqdm(range(config.steps), desc="tokenizer", unit="step", mininterval=1)
+    bar = tqdm(range(config.steps), desc="tokenizer", unit="step", mininterval=1, leave=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)

@@ -107,11 +107,11 @@ def attend(
         # 57,000 tokens/s like this and at 36,000 with it. In float32 and on GPUs PyTorch's own is the faster.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
         if causal:
-            scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
+            scores += torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
         if length is not None:
             scores[..., length:] = -torch.inf
         if bias is not None:
-            scores = scores + bias.to(q.dtype)
+            scores += bias.to(q.dtype)
         return scores.softmax(-1) @ v
     mask = None if bias is None else bias.to(q.dtype)
     if length is not None:
@@ -143,7 +143,7 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """-> (H, N, N)"""
-        return F.embedding(self.place, self.table.T).permute(2, 0, 1)
+        return F.embedding(self.place, self.table.T).permute(2, 0, 1).contiguous()
 
 
 class Attention(nn.Module):

@@ -293,6 +293,24 @@ def test_generate_takes_demonstrations(smoke, command, tmp_path, photo):
     assert (tmp_path / "g.gif").is_file()
 
 
+def test_weights_in_one_file_are_the_run_in_half_precision(smoke, copied, command, tmp_path):
+    folder, flags = copied
+    path = tmp_path / "weights" / "small.pt"
+    result = command(train_refiner, *flags, "--weights", path)
+    assert result.status == 0, result.err
+    run, small = (train_refiner.load_run(p, torch.device("cpu")) for p in (folder, path))
+    for a, b in zip((*run[:2], *run[2].values()), (*small[:2], *small[2].values()), strict=True):
+        for name, value in a.state_dict().items():
+            assert torch.equal(value.half().float(), b.state_dict()[name].float())
+    assert run[2].keys() == small[2].keys()
+    assert path.stat().st_size < 0.6 * sum((folder / name).stat().st_size for name in CHECKPOINTS if name != "rollouts.pt")
+    scores = json.loads(path.with_suffix(".json").read_text())["scores"]
+    for method, score in scores.items():  # half of the sentences, so not the same numbers
+        assert score["all"]["psnr"] == pytest.approx(metrics_of(folder)["methods"][method]["all"]["psnr"], abs=3)
+    result = command(generate, "--run", path, "--out", tmp_path / "g.png", "--device", "cpu")
+    assert result.status == 0, result.err
+
+
 def test_sampled_generation_repeats_with_its_seed(smoke, command, tmp_path):
     outputs = []
     for number, seed in enumerate((1, 1, 2)):
@@ -327,6 +345,9 @@ MISTAKES = {
         ("--device abacus", "--device abacus"),
         ("--dtype int3", "--dtype int3"),
         ("--out {tmp}/file/below", "--out"),
+        ("--palette rainbow", "--palette rainbow"),
+        ("--weights {tmp}/weights.bin", "--weights"),
+        ("--weights {tmp}/file/below.pt", "--weights"),
     ],
     vqgan: [("--vqgan-codebook-size 0", "--vqgan-codebook-size 0"), ("--out {tmp}/file/below", "--out")],
     data: [("--data pictures", "--data pictures"), ("--image-size 20", "--image-size 20")],
