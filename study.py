@@ -48,9 +48,9 @@ from vsr import Refiner, Rollout
 class StudyConfig:
     """Sizes of the controls."""
 
-    lora_rank: Annotated[int, "rank of the low-rank adapters"] = 16
+    lora_rank: Annotated[int, "rank of the low-rank adapters"] = 64
     lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1000
-    lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 3e-3
+    lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
     longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1000
     longer_learning_rate: Annotated[float, "peak learning rate of those steps"] = 4e-3
     samples: Annotated[int, "n of best_of_n"] = 8
@@ -223,7 +223,7 @@ def target_loss(lab: Lab, backbone, sentences: torch.Tensor) -> float:
     return sum(next_token_loss(lab, backbone, part, part.shape[2]).item() * len(part) for part in parts) / len(sentences)
 
 
-def lora(lab: Lab, bench: Bench, seed: int, target_only: bool = True, **changes):
+def lora(lab: Lab, bench: Bench, seed: int, target_only: bool = False, **changes):
     """LoRA on the frozen backbone: the paper's own baseline. -> the merged backbone, number of adapter weights, ..."""
     config = replace(lab.config["study"], **changes)
     torch.manual_seed(seed)
