@@ -398,3 +398,29 @@ def test_a_damaged_checkpoint_is_named(copied, command, tmp_path, name):
         assert result.status == 2
         assert len(result.err) == 1
         assert str(folder / name) in result.err[0]
+
+
+def test_the_shipped_weights_score_what_they_did():
+    """Half precision, another machine, another number of threads: the numbers may move a little, not more."""
+    committed = json.loads(generate.SHIPPED.with_suffix(".json").read_text())
+    assert generate.SHIPPED.stat().st_size <= 8 * 2**20
+    sentences = data.Sentences(data.DataConfig(), seed=0)
+    scores = train_refiner.score_weights(generate.SHIPPED, sentences, torch.device("cpu"), committed["sentences"])
+    assert scores.keys() == committed["scores"].keys() == METHODS
+    for method, by_task in committed["scores"].items():
+        if method != "ar_sampled":  # a sample follows the smallest rounding
+            for task, score in by_task.items():
+                assert scores[method][task]["cosine_error"] == pytest.approx(score["cosine_error"], abs=0.002)
+                assert scores[method][task]["token_accuracy"] == pytest.approx(score["token_accuracy"], abs=0.005)
+                assert scores[method][task]["psnr"] == pytest.approx(score["psnr"], abs=0.15)
+                assert scores[method][task]["ssim"] == pytest.approx(score["ssim"], abs=0.01)
+    assert vsr.gap_closed(*[scores[m]["all"]["cosine_error"] for m in ("ar_greedy", "refined_hidden", "teacher_forced")]) > 0.75
+
+
+def test_generate_needs_no_training(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command(generate, "--device", "cpu", "--count", 2, "--task", "edges", "--gif", "edges.gif")
+    assert result.status == 0, result.err
+    assert "toy.pt" in result.out
+    assert Image.open("generated.png").size[0] > 300
+    assert Image.open("edges.gif").n_frames > 60
