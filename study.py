@@ -49,9 +49,9 @@ class StudyConfig:
     """Sizes of the controls."""
 
     lora_rank: Annotated[int, "rank of the low-rank adapters"] = 64
-    lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1000
+    lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1200
     lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
-    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1000
+    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1200
     longer_learning_rate: Annotated[float, "peak learning rate of those steps"] = 4e-3
     samples: Annotated[int, "n of best_of_n"] = 8
     steps: Annotated[int, "training steps of each refiner in `data`, `size`, `loss` and `generalize`"] = 1000
