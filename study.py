@@ -173,9 +173,9 @@ def sd(values: list) -> float:
     return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else 0.0
 
 
-def mean_sd(values: list) -> str:
+def mean_sd(values: list, digits: int = 3) -> str:
     """`0.123 ± 0.004`: mean and standard deviation over seeds."""
-    return f"{statistics.fmean(values):.3f} ± {sd(values):.3f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {sd(values):.{digits}f}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,35 +357,41 @@ def pooled_difference(cells: list, a: str, b: str, name: str) -> torch.Tensor:
 
 
 def show_main(cells: list) -> tuple[str, dict]:
-    """The main table, and the interval of every control's error minus the default refiner's."""
-    seeds = len(cells)
+    """The main table; PSNR gained by task; and how much worse than the refiner each control is, with intervals."""
     lines = [
-        f"mean ± standard deviation over {seeds} seeds, {len(cells[0]['task'])} test sentences each",
-        f"{'':20}{'cosine error':>16}{'AUC':>7}" + "".join(f"{task:>10}" for task in TASKS)
+        f"mean (± standard deviation) over {len(cells)} seeds, {len(cells[0]['task'])} test sentences each",
+        f"{'':20}{'cosine error':>18}" + "".join(f"{task:>10}" for task in TASKS)
         + f"{'gap closed':>16}{'tokens':>8}{'PSNR':>7}{'SSIM':>7}{'trained':>9}{'seconds':>9}{'overhead':>10}",
     ]  # fmt: skip
     for method in MAIN_ROWS:
         scores = [cell["scores"][method] for cell in cells]
-        row = f"{method:20}{mean_sd([s['all']['cosine_error'] for s in scores]):>16}"
-        row += f"{statistics.fmean(s['all']['auc'] for s in scores):7.2f}"
+        row = f"{method:20}{mean_sd([s['all']['cosine_error'] for s in scores], 4):>18}"
         row += "".join(f"{statistics.fmean(s[task]['cosine_error'] for s in scores):10.4f}" for task in TASKS)
         gaps = [gap_of(cell, method, "all") for cell in cells]
         row += f"{'' if method in MAIN_ROWS[:4] else mean_sd(gaps):>16}"
-        for name, digits in (("token_accuracy", 8), ("psnr", 7), ("ssim", 7)):
-            row += f"{statistics.fmean(s['all'][name] for s in scores):{digits}.{2 if name == 'psnr' else 3}f}"
+        row += f"{statistics.fmean(s['all']['token_accuracy'] for s in scores):8.3f}"
+        row += (
+            f"{statistics.fmean(s['all']['psnr'] for s in scores):7.2f}{statistics.fmean(s['all']['ssim'] for s in scores):7.3f}"
+        )
         costs = [cell["cost"].get(method, {}) for cell in cells]
         if costs[0]:
             row += f"{costs[0]['params'] / 1e6:8.2f}M{statistics.fmean(c['seconds'] for c in costs):9.0f}"
             overheads = [c["overhead"] for c in costs if "overhead" in c]
             row += f"{statistics.fmean(overheads):10.1%}" if overheads else ""
+        lines.append(row.rstrip())
+
+    lines += ["", f"{'gained over ar_greedy':36}" + "".join(f"{name + ', dB':>27}" for name in ("all", *TASKS))]
+    for method in MAIN_ROWS[4:]:
+        row = f"{method:36}"
+        for name in ("all", *TASKS):
+            gains = [c["scores"][method][name]["psnr"] - c["scores"]["ar_greedy"][name]["psnr"] for c in cells]
+            row += f"{mean_sd(gains, 2):>27}"
         lines.append(row)
-    lines += [
-        "",
-        "cosine error of the control minus that of refined_hidden, with its 95 % interval (above 0: the refiner is better)",
-    ]
+
+    lines += ["", f"{'cosine error, a - b (95 % interval)':36}" + "".join(f"{name:>27}" for name in ("all", *TASKS))]
     intervals = {}
     pairs = [(control, "refined_hidden") for control in ("ar_greedy", *CONTROLS)]
-    pairs += [("no_attention_tokens", "refined_tokens"), ("ar_greedy", "refined_tokens"), ("refined_hidden", "refined_context")]
+    pairs += [("ar_greedy", "refined_tokens"), ("no_attention_tokens", "refined_tokens"), ("refined_hidden", "refined_context")]
     for a, b in pairs:
         intervals[f"{a} - {b}"] = {}
         row = f"{a + ' - ' + b:36}"
@@ -393,10 +399,13 @@ def show_main(cells: list) -> tuple[str, dict]:
             difference = pooled_difference(cells, a, b, name)
             low, high = interval(difference)
             intervals[f"{a} - {b}"][name] = [difference.mean().item(), low, high]
-            row += f"{name:>10} {difference.mean():.4f} ({low:.4f} to {high:.4f})"
+            row += f"{difference.mean():9.4f} ({low:7.4f}, {high:7.4f})"
         lines.append(row)
-    shares = [attention_share(cell) for cell in cells]
-    lines += ["", f"attention's share of the closed gap: {mean_sd(shares)} (hidden)"]
+    lines.append("")
+    shares = {}
+    for inputs, control in (("hidden", "no_attention"), ("tokens", "no_attention_tokens")):
+        shares[inputs] = [attention_share(cell, f"refined_{inputs}", control) for cell in cells]
+        lines.append(f"attention's share of what refined_{inputs} closes: {mean_sd(shares[inputs])}")
     return "\n".join(lines), {"intervals": intervals, "attention_share": shares}
 
 
@@ -407,10 +416,10 @@ def gap_of(cell: dict, method: str, name: str) -> float:
     return vsr.gap_closed(baseline(scores, name), scores[method][name]["cosine_error"], forced)
 
 
-def attention_share(cell: dict) -> float:
-    """The part of what the default refiner closes that the same refiner without attention does not."""
-    full = gap_of(cell, "refined_hidden", "all")
-    return (full - gap_of(cell, "no_attention", "all")) / full if full else math.nan
+def attention_share(cell: dict, method: str, control: str) -> float:
+    """The part of what a refiner closes that the same refiner without attention does not."""
+    full = gap_of(cell, method, "all")
+    return (full - gap_of(cell, control, "all")) / full if full else math.nan
 
 
 def show_positions(cells: list) -> str:
@@ -837,12 +846,11 @@ def show_demos(cells: list) -> str:
     lines = ["cosine error, mean ± sd over seeds; sentences with a palette of their own"]
     for K, group in sorted(by_setting(cells, "num_demos").items()):
         for method in ("teacher_forced", "ar_greedy", "refined_hidden"):
-            row = "".join(
-                f"{mean_sd([c['scores'][method][name]['cosine_error'] for c in group]):>16}" for name in ("all", *TASKS)
-            )
+            errors = [[c["scores"][method][name]["cosine_error"] for c in group] for name in ("all", *TASKS)]
+            row = "".join(f"{mean_sd(e, 4):>18}" for e in errors)
             gap = mean_sd([gap_of(c, method, "all") for c in group]) if method == "refined_hidden" else ""
             lines.append(f"K = {K}  {method:18}{row}{gap:>18}")
-    lines.insert(1, f"{'':25}" + "".join(f"{n:>16}" for n in ("all", *TASKS)) + f"{'gap closed':>18}")
+    lines.insert(1, f"{'':25}" + "".join(f"{n:>18}" for n in ("all", *TASKS)) + f"{'gap closed':>18}")
     return "\n".join(lines)
 
 
@@ -866,7 +874,7 @@ def show_backbones(cells: list) -> str:
     for name, group in by_setting(cells, "backbone").items():
         row = f"{name:12}{group[0]['backbone_params'] / 1e6:11.2f}M{group[0]['refiner_params'] / 1e6:9.2f}M"
         for method in ("teacher_forced", "ar_greedy", "refined_hidden"):
-            row += f"{mean_sd([c['scores'][method]['all']['cosine_error'] for c in group]):>18}"
+            row += f"{mean_sd([c['scores'][method]['all']['cosine_error'] for c in group], 4):>18}"
         lines.append(row + f"{mean_sd([gap_of(c, 'refined_hidden', 'all') for c in group]):>18}")
     return "\n".join(lines)
 
@@ -993,7 +1001,7 @@ def show_generalize(cells: list) -> str:
     other = [c["other"] for c in cells]
     text += "\n\n" + gap_table(other, ["expected_embedding", "refined_hidden"], "on a dataset that no model was trained on")
     for method in ("teacher_forced", "ar_greedy", "refined_hidden"):
-        text += f"\n{method:20} cosine error {mean_sd([c['scores'][method]['all']['cosine_error'] for c in other])}"
+        text += f"\n{method:20} cosine error {mean_sd([c['scores'][method]['all']['cosine_error'] for c in other], 4)}"
     return text
 
 

@@ -140,7 +140,7 @@ def test_attention_share():
     scores = {"ar_greedy": at(0.5), "ar_sampled": at(0.6), "teacher_forced": at(0.1)}
     cell = {"scores": {**scores, "refined_hidden": at(0.1), "no_attention": at(0.4)}}
     assert study.gap_of(cell, "refined_hidden", "all") == pytest.approx(1)
-    assert study.attention_share(cell) == pytest.approx(0.75)
+    assert study.attention_share(cell, "refined_hidden", "no_attention") == pytest.approx(0.75)
 
 
 # Backbones
