@@ -52,7 +52,6 @@ class StudyConfig:
     lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1200
     lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
     longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1200
-    longer_learning_rate: Annotated[float, "peak learning rate of those steps"] = 4e-3
     samples: Annotated[int, "n of best_of_n"] = 8
     steps: Annotated[int, "training steps of each refiner in `data`, `size`, `loss` and `generalize`"] = 1000
     rollouts: Annotated[int, "rollouts of the other backbones in `backbones`"] = 8192
@@ -183,27 +182,29 @@ def mean_sd(values: list, digits: int = 3) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def tune_backbone(lab: Lab, backbone, tokens: dict, parameters: list, steps: int, rate: float, seed: int, target_only: bool):
-    """Continue training a copy of the backbone (or its adapters) with teacher-forced cross-entropy.
+def tune_backbone(lab: Lab, backbone, tokens: dict, optimizers: list, steps: int, rate: float, seed: int, target_only: bool):
+    """Continue training a copy of the backbone, or its adapters, with teacher-forced cross-entropy.
 
-    parameters: what AdamW trains. target_only: the loss is on the last image, the one that is generated, alone;
+    optimizers: of what is trained. target_only: the loss is on the last image, the one that is generated, alone;
     otherwise on whole sentences, as in pretraining. -> validation loss on the last image, seconds
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
     began, N = time.perf_counter(), tokens["train"].shape[-1]
     batch_size = lab.config["gpt"].batch_size
 
     backbone.train()
     for step in tqdm(range(steps), desc="tune backbone", unit="step", mininterval=1, leave=None):
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = vqgan.scheduled_rate(step, steps, rate)
         chosen = torch.randint(len(tokens["train"]), (batch_size,), generator=generator)
         loss = next_token_loss(lab, backbone, tokens["train"][chosen], N if target_only else 0)
-        optimizer.zero_grad(set_to_none=True)
+        backbone.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     seconds = time.perf_counter() - began
     return target_loss(lab, backbone.eval(), tokens["val"]), seconds
 
@@ -229,10 +230,9 @@ def lora(lab: Lab, bench: Bench, seed: int, target_only: bool = False, **changes
     torch.manual_seed(seed)
     backbone = copy.deepcopy(bench.trained.backbone)
     adapters = vsr.add_lora(backbone, config.lora_rank)
-    tokens = bench.trained.tokens
-    val_loss, seconds = tune_backbone(
-        lab, backbone, tokens, adapters, config.lora_steps, config.lora_learning_rate, seed, target_only
-    )
+    steps, rate = config.lora_steps, config.lora_learning_rate
+    optimizers = [torch.optim.AdamW(adapters, betas=(0.9, 0.98), weight_decay=0.0)]
+    val_loss, seconds = tune_backbone(lab, backbone, bench.trained.tokens, optimizers, steps, rate, seed, target_only)
     vsr.merge_lora(backbone)
     return backbone, sum(p.numel() for p in adapters), val_loss, seconds
 
@@ -251,12 +251,12 @@ def run_lora(lab: Lab, seed: int) -> dict:
 
 
 def longer_backbone(lab: Lab, bench: Bench, seed: int):
-    """Pretraining continued on whole sentences for at least the refiner's time: was the backbone just undertrained?"""
-    config, backbone = lab.config["study"], copy.deepcopy(bench.trained.backbone).requires_grad_(True)
-    parameters = list(backbone.parameters())
-    steps, rate = config.longer_steps, config.longer_learning_rate
-    val_loss, seconds = tune_backbone(lab, backbone, bench.trained.tokens, parameters, steps, rate, seed, False)
-    return backbone.requires_grad_(False), sum(p.numel() for p in parameters), val_loss, seconds
+    """Pretraining continued, a new cycle of its own schedule, for at least the refiner's time: was it just undertrained?"""
+    steps, rate = lab.config["study"].longer_steps, lab.config["gpt"].learning_rate
+    backbone = copy.deepcopy(bench.trained.backbone).requires_grad_(True)
+    optimizers = train_refiner.make_optimizers(backbone, rate)
+    val_loss, seconds = tune_backbone(lab, backbone, bench.trained.tokens, optimizers, steps, rate, seed, False)
+    return backbone.requires_grad_(False), count(backbone), val_loss, seconds
 
 
 @torch.no_grad()
