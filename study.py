@@ -110,10 +110,9 @@ def bench(lab: Lab, seed: int, inputs=("hidden",), label: str = "base", changes:
     return Bench(trained, {"tokens": tokens, "images": images[:, -1], "task": task})
 
 
-def states_of(lab: Lab, bench: Bench, backbone=None) -> tuple[dict, dict]:
+def states_of(lab: Lab, bench: Bench) -> tuple[dict, dict]:
     """Rollouts with hidden states, and their targets, of the training and validation sentences of a bench."""
-    tokens, generated = bench.trained.tokens, bench.trained.generated
-    backbone = backbone or bench.trained.backbone
+    backbone, tokens, generated = bench.trained.backbone, bench.trained.tokens, bench.trained.generated
     rollouts = {s: train_refiner.read_states(backbone, tokens[s], generated[s], lab.autocast) for s in tokens}
     return rollouts, {s: tokens[s][:, -1] for s in tokens}
 
@@ -558,7 +557,7 @@ class Recurrent(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, num_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None) -> Rollout:
         states, memory = self.states(F.pad(prompt, (1, 0), value=self.start_token))
-        context, state, tokens, hidden = states[:, 1 - num_tokens - 1 :], states[:, -1:], [], []
+        context, state, tokens, hidden = states[:, -num_tokens:], states[:, -1:], [], []
         for t in range(num_tokens):
             hidden.append(state)
             tokens.append(vsr.sample(self.logits(state[:, 0]), temperature, top_k, top_p, generator))
@@ -579,20 +578,18 @@ def run_backbones(lab: Lab, seed: int, backbone: str) -> dict:
     """Another frozen backbone on the seed's tokenizer and sentences; the refiner and its training are the same."""
     make, changes = BACKBONES[backbone]
     b = bench(lab, seed)
-    if changes or make is not vsr.GPT:
-        config = replace(lab.config["gpt"], **changes)
-        tokens = b.trained.tokens
-        model, _ = train_refiner.train_backbone(
-            config, tokens["train"], tokens["val"], len(b.codebook), lab.device, lab.dtype, seed, make=make
-        )
-        rollouts = lab.config["study"].rollouts
-        tokens = {"train": tokens["train"][:rollouts], "val": tokens["val"]}
-        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast) for split, part in tokens.items()}
-        b = b._replace(trained=b.trained._replace(backbone=model, tokens=tokens, generated=generated))
-        rollouts, targets = states_of(lab, b)
-        refiner, _, _ = fit(lab, b, rollouts, targets, seed)
+    tokens = {"train": b.trained.tokens["train"][: lab.config["study"].rollouts], "val": b.trained.tokens["val"]}
+    if backbone == "gpt":
+        model, generated = b.trained.backbone, {split: b.trained.generated[split][: len(tokens[split])] for split in tokens}
     else:
-        refiner = b.trained.refiners["hidden"]
+        config, sentences = replace(lab.config["gpt"], **changes), b.trained.tokens
+        model, _ = train_refiner.train_backbone(
+            config, sentences["train"], sentences["val"], len(b.codebook), lab.device, lab.dtype, seed, make=make
+        )
+        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast) for split, part in tokens.items()}
+    b = b._replace(trained=b.trained._replace(backbone=model, tokens=tokens, generated=generated))
+    rollouts, targets = states_of(lab, b)
+    refiner, _, _ = fit(lab, b, rollouts, targets, seed)
     result = quick_scores(lab, b, {"refined_hidden": refiner}, seed)
     return {**result, "backbone_params": count(b.trained.backbone), "refiner_params": count(refiner)}
 
