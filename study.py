@@ -421,18 +421,18 @@ def attention_share(cell: dict, method: str, control: str) -> float:
     return (full - gap_of(cell, control, "all")) / full if full else math.nan
 
 
-def show_positions(cells: list) -> str:
-    """AUC of each curve of Figure 2, in the first and in the second half of the raster."""
-    lines = [
-        f"AUC of the cosine error by position, mean ± sd over {len(cells)} seeds",
-        f"{'':20}{'all':>16}{'first half':>16}{'second half':>16}",
-    ]
+def show_positions(cells: list) -> tuple[str, dict]:
+    """AUC of each curve of Figure 2, over the raster and over its halves; and the curves, as means over seeds."""
+    lines = [f"AUC of the cosine error by position, mean ± standard deviation over {len(cells)} seeds"]
+    lines.append(f"{'':20}{'all positions':>16}{'first half':>16}{'second half':>16}")
+    means = {}
     for method in POSITION_ROWS:
-        curves = [cell["scores"][method]["all"]["cosine_error_by_position"] for cell in cells]
-        half = len(curves[0]) // 2
-        parts = [[sum(c) for c in curves], [sum(c[:half]) for c in curves], [sum(c[half:]) for c in curves]]
+        curves = torch.tensor([cell["scores"][method]["all"]["cosine_error_by_position"] for cell in cells])  # (seeds, N)
+        half = curves.shape[1] // 2
+        parts = [part.sum(1).tolist() for part in (curves, curves[:, :half], curves[:, half:])]
         lines.append(f"{method:20}" + "".join(f"{mean_sd(part):>16}" for part in parts))
-    return "\n".join(lines)
+        means[method] = curves.mean(0).tolist()
+    return "\n".join(lines), {"curves": means}
 
 
 POSITION_ROWS = ("teacher_forced", "ar_greedy", "lora", "refined_tokens", "refined_hidden")
@@ -1123,8 +1123,7 @@ def main():
         shown = STUDIES[name].show(cells)
         text, more = shown if isinstance(shown, tuple) else (shown, {})
         STUDIES[name].plot(out / f"{name}.png", cells)
-        if name != "positions":
-            save(out, name, made_with, cells, table=text.splitlines(), **rounded(more))
+        save(out, name, made_with, [] if name == "positions" else cells, table=text.splitlines(), **rounded(more))
         print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
 
 
