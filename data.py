@@ -17,6 +17,7 @@ Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
 
 import argparse
 import colorsys
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -438,6 +439,20 @@ def check_writable(folder, flag: str = "--out") -> None:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensor (Linux, glibc), rather than return it at every step.
+
+    Otherwise the system clears each large temporary tensor anew: on a CPU a refiner's training step took 105 ms so,
+    and 87 ms with the memory kept (one core), and its attention in a refining pass 4.6 and 2.8 ms (two cores).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, another C library
+        return
+    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ... -> a device that is there. Raises UserError otherwise."""
     if name == "auto":
@@ -447,6 +462,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 
