@@ -24,8 +24,10 @@ class Wrong(AssertionError):
     """What a check found. A notebook shows the line, and the error of the answer if it raised one, nothing else."""
 
     def _render_traceback_(self):  # the name that IPython looks for
-        cause = [] if self.__cause__ is None else traceback.format_exception(self.__cause__)
-        return [*"".join(cause).splitlines(), f"Not right yet: {self}"]
+        error, lines = self.__cause__, []
+        if error is not None:  # from the answer on, without the frame of `call`
+            lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+        return [*"".join(lines).splitlines(), f"Not right yet: {self}"]
 
 
 def expect(condition, line: str) -> None:
@@ -49,10 +51,11 @@ def call(name: str, function, *arguments, where: str = "", keep: bool = False):
     return result
 
 
-def as_tensor(name: str, value, shape: tuple, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+def as_tensor(name: str, value, shape: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The value of an answer, if it is a tensor of this shape and type. Raises Wrong, naming the first that is not."""
     expect(value is not None, f"{name} gave None: is the `return` missing?")
-    expect(torch.is_tensor(value), f"{name} gave a {type(value).__name__}, expected a tensor of shape {shape}")
+    kind = "tuple" if isinstance(value, tuple) else type(value).__name__
+    expect(torch.is_tensor(value), f"{name} gave a {kind}, expected a tensor of shape {shape}")
     expect(tuple(value.shape) == shape, f"{name} gave shape {tuple(value.shape)}, expected {shape}")
     expect(value.dtype == dtype, f"{name} gave {value.dtype}, expected {dtype}")
     return value
@@ -241,8 +244,7 @@ def check_causal_mask(causal_mask, causal_softmax) -> None:
             raise Wrong(f"your mask lets position {t} see position {s}, which comes later")
         if hidden.any():
             t, s = first(hidden)
-            what = "itself" if t == s else f"position {s}, which came before"
-            raise Wrong(f"your mask hides from position {t} {what}")
+            raise Wrong(f"your mask hides position {s} from " + ("itself" if t == s else f"position {t}, which comes later"))
     print("causal_mask is right: every position sees itself and all before it, nothing after.")
 
     generator = torch.Generator().manual_seed(0)
@@ -261,6 +263,10 @@ def check_causal_mask(causal_mask, causal_softmax) -> None:
         sums = weights.sum(-1)  # (B, H, T)
         off = (sums - 1).abs() > 1e-4
         if off.any():
+            if close(weights.sum(-2), torch.ones(B, H, T)):
+                raise Wrong(
+                    "your softmax runs over the queries: each column sums to 1, not each row. It runs over the keys, dim -1"
+                )
             b, h, t = first(off)
             raise Wrong(
                 f"the weights of position {t} sum to {sums[b, h, t].item():.3f}, expected 1: hide the scores before the "
@@ -402,9 +408,11 @@ def check_sobel_edges(sobel_edges) -> None:
         (f"a vertical step of height 0.3: strength {0.3 * k:.2f} instead of 0.30: {line}", (wanted * k).clamp(max=1))
         for k, line in ((4, "divide the kernels by 4"), (2, "divide by 4, not by 2"), (0.5, "divide by 4, not by 8"))
     ]
+    mistakes.append(("a vertical step of height 0.3: strength 0.09 instead of 0.30: take the square root", wanted**2))
     check(strengths(step.expand(1, 3, S, S), "a vertical step")[0], wanted, "a vertical step of height 0.3", mistakes)
     check(strengths(step.T.expand(1, 3, S, S), "a horizontal step")[0], wanted.T, "a horizontal step of height 0.3")
-    check(strengths(10 * step.expand(1, 3, S, S), "a high step")[0], wanted.gt(0).float(), "a step of height 3, cut off at 1")
+    high = torch.where(step < 0, -1.0, 1.0).expand(1, 3, S, S)
+    check(strengths(high, "a step of height 2")[0], wanted.gt(0).float(), "a step of height 2, whose strength ends at 1")
 
     ramp = 0.03 * x[None, :] + 0.04 * x[:, None]
     wanted = nan.clone()
@@ -847,7 +855,7 @@ def check_residual_refiner(TinyRefiner) -> None:
         optimizer.step()
         losses.append(loss.item())
     expect(
-        losses[-1] < 0.6 * losses[0],
+        losses[-1] < 0.8 * losses[0],
         f"60 steps of training lower the loss from {losses[0]:.3f} to {losses[-1]:.3f} only: do its parts reach the result?",
     )
     print("TinyRefiner is right: the identity before training, unit norm, every position sees all others, and it learns.")

@@ -4,8 +4,8 @@
 # **10 minutes. You need:** nothing yet. **You learn:** what the refiner is trained on.
 #
 # The refiner gives one embedding $e'_t$ for each of the $N$ positions of an image. The target $e^*_t$ is the
-# codebook's embedding of the true token. Codes are compared by their direction, so the loss looks at the angle
-# between the two alone.
+# codebook's embedding of the true token. Codes are compared by their direction, so the loss looks only at
+# the angle between the two.
 #
 # $$\mathcal{L} = \frac{1}{BN} \sum_{b,t} \big(1 - \cos(e'_{b,t},\, e^*_{b,t})\big), \qquad
 # \cos(a, b) = \frac{\langle a, b \rangle}{\|a\| \, \|b\|}$$
@@ -53,18 +53,19 @@ from checks import check_cosine_loss
 check_cosine_loss(cosine_loss)
 
 # %% [markdown]
-# What the loss and the squared distance say of one vector that is turned away from its target. The second vector is
-# twice as long: the distance minds, the cosine does not.
+# What the loss and the squared distance say of a vector that is turned away from its target. Solid lines: it is as long
+# as the target. Dashed lines: it is twice as long. The distance minds, the cosine does not.
 
 # %%
 angle = torch.linspace(0, torch.pi, 60)
 target = torch.tensor([[[1.0, 0.0]]])  # (1, 1, 2)
 turned = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]  # (60, 1, 1, 2)
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-for length, style in ((1, "-"), (2, "--")):
-    axis.plot(angle.rad2deg(), [cosine_loss(length * v, target) for v in turned], style, label=f"cosine loss, length {length}")
+for length, style, width in ((1, "-", 4), (2, "--", 1.5)):
+    cosine = [cosine_loss(length * v, target) for v in turned]
+    axis.plot(angle.rad2deg(), cosine, style, color="C0", linewidth=width, alpha=0.6, label=f"cosine loss, length {length}")
     squared = (length * turned - target).square().sum(-1).flatten()
-    axis.plot(angle.rad2deg(), squared, style, label=f"squared distance, length {length}")
+    axis.plot(angle.rad2deg(), squared, style, color="C1", label=f"squared distance, length {length}")
 axis.set(xlabel="angle to the target in degrees", ylabel="loss")
 axis.legend()
 plt.show()
@@ -76,4 +77,4 @@ plt.show()
 # [`cosine_error` in `vsr.py`](../../vsr.py) is the same measure between two codes; the tables report it.
 #
 # **Go further.** For unit vectors the squared distance is $2(1 - \cos)$. Show it on paper, then with code. What
-# is the gradient of the loss in the direction of $e'_t$ itself? (It is perpendicular to it. Why?)
+# is the angle between the gradient of the loss and $e'_t$ itself, and why is it always the same?

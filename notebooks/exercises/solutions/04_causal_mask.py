@@ -66,7 +66,7 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
 pictures = {"mask (bright: may see)": causal_mask(12), "scores": scores[0, 0], "weights": causal_softmax(scores)[0, 0]}
 for axis, (name, picture) in zip(axes, pictures.items(), strict=True):
     axis.imshow(picture.numpy())
-    axis.set(title=name, xlabel="key s", ylabel="query t")
+    axis.set(title=name, xlabel="key s", ylabel="query t", xticks=range(0, 12, 2), yticks=range(0, 12, 2))
 plt.show()
 
 # %% [markdown]

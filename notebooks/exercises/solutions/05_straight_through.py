@@ -4,8 +4,8 @@
 # **20 minutes. You need:** exercise 3, and how autograd works. **You learn:** how an encoder learns through a lookup.
 #
 # The tokenizer replaces the encoder's output $z$ by its nearest code $e$, and the decoder sees $e$. The lookup is an
-# argmax: a small change of $z$ changes nothing, or all of it, so its gradient is zero almost everywhere, and the encoder
-# would never learn. The straight-through estimator cheats: forwards it gives the code, backwards it pretends to
+# argmax: a small change of $z$ changes nothing, or it jumps to another code. So its gradient is zero almost everywhere,
+# and the encoder would never learn. The straight-through estimator cheats: forwards it gives the code, backwards it pretends to
 # have done nothing.
 #
 # $$q = e \quad \text{forwards}, \qquad

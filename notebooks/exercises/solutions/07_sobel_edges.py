@@ -4,7 +4,7 @@
 # **25 minutes. You need:** convolutions, or slices. **You learn:** how one of the three tasks is made, exactly.
 #
 # One task of the visual sentences is edge detection: the target image is the edge map of the source. The map is
-# computed by code, with Sobel's two filters, so it costs nothing and is the same on every machine.
+# computed with Sobel's two filters, so the true target of any picture is known exactly and costs nothing.
 #
 # $$g_x = I * \tfrac14 \begin{pmatrix} 1 & 0 & -1 \\ 2 & 0 & -2 \\ 1 & 0 & -1 \end{pmatrix}, \qquad
 # g_y = I * \tfrac14 \begin{pmatrix} 1 & 2 & 1 \\ 0 & 0 & 0 \\ -1 & -2 & -1 \end{pmatrix}, \qquad
@@ -14,8 +14,8 @@
 #
 # - `images`: float32 `(B, 3, H, W)` in [-1, 1], RGB. Leave them as they are.
 # - Outside the image its border pixels are repeated, so that the border of a flat image is no edge.
-# - The filters run over each channel on its own. The length is taken channel by channel, then the largest of
-#   the three.
+# - The filters run over each channel on its own; their signs make no difference. The length is taken channel by channel,
+#   then the largest of the three.
 # - The result: the map $2s - 1$, black (-1) where nothing changes and white (1) where the strength $s$ reaches 1,
 #   as three equal channels: float32 `(B, 3, H, W)`. With the factor 1/4 a straight step of height $h$ has the
 #   strength $h$.

@@ -111,5 +111,5 @@ plt.show()
 # linear layer of a finished model and `merge_lora` can take it off again. [`study.py`](../../study.py) trains it as a
 # control of the refiner.
 #
-# **Go further.** At the very first step only B gets a gradient. Show it. For which rank has the adapter as many
+# **Go further.** At the very first step the gradient of A is zero. Show it. For which rank has the adapter as many
 # parameters as W itself?

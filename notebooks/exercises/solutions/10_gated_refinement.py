@@ -21,8 +21,8 @@
 # 2. `choose_threshold(thresholds, tokens, refined, truth, codebook)` gives the threshold, one float of the list
 #    `thresholds`, with which `gated_refine` has the smallest **mean cosine error** against the true tokens `truth`, long
 #    `(B, N)`. If several are equally good, any will do. Use `vsr.cosine_error(tokens, truth, codebook)`, which gives the
-#    error of each position, `(B, N)`. The sentences must be validation sentences: a threshold chosen on
-#    the test sentences makes the test too kind.
+#    error of each position, `(B, N)`. It is meant for validation sentences: a threshold chosen on the
+#    test sentences makes the test too kind.
 #
 # The lookup is [`nearest_code` in `vsr.py`](../../vsr.py), the error [`cosine_error` in `vsr.py`](../../vsr.py). The
 # project itself has no gate: this exercise goes beyond it.
@@ -80,8 +80,8 @@ from checks import check_gated_refinement
 check_gated_refinement(gated_refine, choose_threshold)
 
 # %% [markdown]
-# A simulated backbone and refiner: a quarter of the tokens is wrong, and the refiner is right most of the time. The
-# threshold is chosen on one set of sentences and used on another.
+# A simulated backbone and refiner: the backbone gets about a quarter of the tokens wrong, and the refiner's embeddings point
+# to the truth, with much noise. The threshold is chosen on one set of sentences and used on another.
 
 # %%
 from checks import simulated_refinement

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11. The KV cache
 #
-# **45 minutes. You need:** exercise 4. **You learn:** why generating does not cost the square of the length.
+# **45 minutes. You need:** exercise 4. **You learn:** why a new token does not cost the whole prefix again.
 #
 # To generate token $t$ the model attends over all positions up to $t$. Their keys and values do not change any more, since
 # the mask lets no position see a later one. So they are computed once and kept. A step then computes a single
@@ -85,6 +85,8 @@ for T in lengths:
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
 for name, values in seconds.items():
     axis.loglog(lengths, values, "o-", label=name)
+axis.minorticks_off()
+axis.set_xticks(lengths, lengths)
 axis.set(xlabel="length of the sequence", ylabel="seconds for all its steps")
 axis.legend()
 plt.show()

@@ -77,8 +77,8 @@ from checks import check_residual_refiner
 check_residual_refiner(TinyRefiner)
 
 # %% [markdown]
-# Train yours on a small world: in the truth every row of the image has one code, and in what was generated three tokens of
-# ten are wrong. Which one is wrong can only be told from the rest of its row.
+# Train yours on a small world: in the truth every row of the image has one code, and in what was generated about a quarter
+# of the tokens is wrong. Which ones are wrong can only be told from the rest of their row.
 
 # %%
 torch.manual_seed(0)
@@ -123,5 +123,5 @@ plt.show()
 # hidden states as well if it is told to. Its loss is [`cosine_loss` in `vsr.py`](../../vsr.py), and `train_refiner` in
 # [`train_refiner.py`](../../train_refiner.py) trains it on rollouts of the frozen backbone.
 #
-# **Go further.** Make the blocks causal (leave out `grid`) and train again: which positions of a row suffer? Leave out the
-# residual: how many more steps does it take to be as good as doing nothing?
+# **Go further.** Make the blocks causal (leave out `grid`, and add an embedding of the place instead) and train again: which
+# positions of a row suffer? Leave out the residual: how many more steps does it take to be as good as doing nothing?

@@ -3,8 +3,8 @@
 #
 # **60 minutes. You need:** exercises 3, 10 and 12. **You learn:** what it is like to change a method and measure it honestly.
 #
-# You have trained models: a tokenizer, a frozen backbone and its refiners. Plain refinement is one pass over what the
-# backbone wrote. Find something better. There is no one right answer. Some ideas:
+# You have trained models, those of `weights/toy.pt`: a tokenizer, a frozen backbone and its refiners. Plain refinement is one
+# pass over what the backbone wrote. Find something better. There is no one right answer. Some ideas:
 #
 # - **Several passes.** Refine the refined tokens again. `case.backbone.read(prompt, tokens)` gives the hidden states that the
 #   backbone has for *any* tokens, in one parallel pass: those of the refined ones fit them better than those of the rollout.
