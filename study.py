@@ -15,6 +15,7 @@ for every method. `interval` gives 95 % bootstrap intervals over sentences; spre
     backbones    two GPTs, a LLaMA, a GRU under the same refiner
     data         gap closed against rollouts, and against training time
     size         depth and width of the refiner
+    reading      what the refiner reads, each with and without attention
     loss         cosine, MSE, cross-entropy, their sum; with and without the residual
     probe        one token forced wrong: how far does the damage run, how much is taken back
     generalize   a task, or a dataset, that the refiner has not seen
@@ -53,7 +54,7 @@ class StudyConfig:
     lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
     longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1200
     samples: Annotated[int, "n of best_of_n"] = 8
-    steps: Annotated[int, "training steps of each refiner in `data`, `size`, `loss` and `generalize`"] = 1000
+    steps: Annotated[int, "training steps of each refiner in `data`, `size`, `reading`, `loss` and `generalize`"] = 1000
     rollouts: Annotated[int, "rollouts of the other backbones in `backbones`"] = 8192
     probed: Annotated[int, "sentences in `probe`"] = 256
 
@@ -595,7 +596,7 @@ def run_backbones(lab: Lab, seed: int, backbone: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. to 7. Data and time, size, loss: one cell a seed, all settings on the same rollouts
+# 5. to 7. Data and time, size, reading, loss: one cell a seed, all settings on the same rollouts
 # --------------------------------------------------------------------------------------------------
 
 
@@ -636,6 +637,24 @@ def run_size(lab: Lab, seed: int) -> dict:
     width = lab.config["refiner"].width
     shapes = [(1, width // 2), (2, width // 2), (1, width), (2, width), (3, width), (2, 2 * width)]
     return fit_each(lab, seed, {f"{layers} x {width}": {"layers": layers, "width": width} for layers, width in shapes})
+
+
+class Anywhere(Refiner):
+    """A refiner whose heads start without a place to look at: relative biases are learnt from zero."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.relative.table)
+
+
+def run_reading(lab: Lab, seed: int) -> dict:
+    """What the refiner reads, with and without attention; and attention that does not start at the neighbours."""
+    settings = {}
+    for inputs in vsr.INPUTS:
+        settings[inputs] = {"inputs": inputs}
+        settings[f"{inputs}, no attention"] = {"inputs": inputs, "attention": False}
+    return fit_each(lab, seed, {**settings, "hidden, heads start anywhere": {"make": Anywhere}})
 
 
 class Absolute(Refiner):
@@ -890,7 +909,7 @@ def plot_backbones(figure_path, cells: list) -> None:
 
 
 def show_settings(cells: list) -> str:
-    """Gap closed, parameters, seconds and losses of the settings of `data`, `size` and `loss`."""
+    """Gap closed, parameters, seconds and losses of the settings of `data`, `size`, `reading` and `loss`."""
     cost = cells[0]["cost"]
     text = gap_table(cells, list(cost), "by setting")
     lines = ["", f"{'':26}{'parameters':>12}{'of backbone':>12}{'seconds':>9}{'train loss':>12}{'val loss':>10}"]
@@ -943,7 +962,7 @@ def plot_size(figure_path, cells: list) -> None:
     data.write_whole(figure_path, figure.savefig)
 
 
-def plot_loss(figure_path, cells: list) -> None:
+def plot_bars(figure_path, cells: list) -> None:
     figure, axes = new_figure(1, 6.0, 2.6)
     names = list(cells[0]["cost"])
     bars(axes[0], names, [[gap_of(c, name, "all") for c in cells] for name in names])
@@ -1040,7 +1059,8 @@ STUDIES = {
     "backbones": Study(run_backbones, [{"backbone": name} for name in BACKBONES], show_backbones, plot_backbones, 6),
     "data": Study(run_data, [{}], show_settings, plot_data, 9),
     "size": Study(run_size, [{}], show_settings, plot_size, 8),
-    "loss": Study(run_loss, [{}], show_settings, plot_loss, 7),
+    "reading": Study(run_reading, [{}], show_settings, plot_bars, 8),
+    "loss": Study(run_loss, [{}], show_settings, plot_bars, 7),
     "probe": Study(run_probe, [{}], show_probe, plot_probe, 1),
     "generalize": Study(run_generalize, [{}], show_generalize, plot_generalize, 6),
 }
