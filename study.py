@@ -16,6 +16,7 @@ for every method. `interval` gives 95 % bootstrap intervals over sentences; spre
     data         gap closed against rollouts, and against training time
     size         depth and width of the refiner
     reading      what the refiner reads, each with and without attention
+    passes       the refiner over its own output again
     loss         cosine, MSE, cross-entropy, their sum; with and without the residual
     probe        one token forced wrong: how far does the damage run, how much is taken back
     generalize   a task, or a dataset, that the refiner has not seen
@@ -696,6 +697,34 @@ def run_loss(lab: Lab, seed: int) -> dict:
     return fit_each(lab, seed, settings)
 
 
+@torch.no_grad()
+def run_passes(lab: Lab, seed: int) -> dict:
+    """The default refiner over its own output again: the states are read again, on what the pass before has written."""
+    b = bench(lab, seed)
+    backbone, tokens = b.trained.backbone, b.test["tokens"]
+    rollout, refined = generate_all(lab, backbone, tokens), {}
+    for number in range(1, 5):
+        y = refine_all(lab, b, b.trained.refiners["hidden"], rollout)
+        refined[f"pass {number}"] = y
+        rollout = train_refiner.read_states(backbone, tokens, y, lab.autocast)
+    written = train_refiner.decode_methods(b.trained.tokenizer, backbone, {}, tokens, lab.autocast, seed)
+    return score(lab, b, {**written, **refined})
+
+
+def show_passes(cells: list) -> str:
+    return gap_table(cells, [f"pass {number}" for number in range(1, 5)], "after each pass")
+
+
+def plot_passes(figure_path, cells: list) -> None:
+    figure, axes = new_figure(1, 4.6)
+    for name in ("all", *TASKS):
+        values = [[gap_of(c, f"pass {number}", name) for c in cells] for number in range(1, 5)]
+        axes[0].errorbar(range(1, 5), [statistics.fmean(v) for v in values], [sd(v) for v in values], marker="o", label=name)
+    axes[0].set(xlabel="refining passes", ylabel="gap closed", xticks=range(1, 5))
+    axes[0].legend(fontsize=8, frameon=False)
+    data.write_whole(figure_path, figure.savefig)
+
+
 # --------------------------------------------------------------------------------------------------
 # 8. One wrong token
 # --------------------------------------------------------------------------------------------------
@@ -1060,6 +1089,7 @@ STUDIES = {
     "data": Study(run_data, [{}], show_settings, plot_data, 9),
     "size": Study(run_size, [{}], show_settings, plot_size, 8),
     "reading": Study(run_reading, [{}], show_settings, plot_bars, 8),
+    "passes": Study(run_passes, [{}], show_passes, plot_passes, 1),
     "loss": Study(run_loss, [{}], show_settings, plot_bars, 7),
     "probe": Study(run_probe, [{}], show_probe, plot_probe, 1),
     "generalize": Study(run_generalize, [{}], show_generalize, plot_generalize, 6),
