@@ -1052,16 +1052,17 @@ def show_generalize(cells: list) -> str:
 
 def plot_generalize(figure_path, cells: list) -> None:
     figure, axes = new_figure(2, 4.6)
-    names = [f"{task}: trained {how} it" for task in TASKS for how in ("with", "without")]
-    methods = [f"without {part}" for task in TASKS for part in ("none", task)]
-    tasks = [task for task in TASKS for _ in range(2)]
-    values = [[gap_of(c, m, t) for c in cells] for m, t in zip(methods, tasks, strict=True)]
-    bars(axes[0], names, values, ["#1d4e9e", "#66a5e0"] * 3)
-    axes[0].set_xlabel("gap closed on the task")
+    names, values = [], []
+    for task in TASKS:
+        for name, method in (("backbone", "ar_greedy"), ("trained with it", "without none"), ("without it", f"without {task}")):
+            names.append(f"{task}: {name}")
+            values.append([c["scores"][method][task]["cosine_error"] for c in cells])
+    bars(axes[0], names, values, ["#d1495b", "#1d4e9e", "#66a5e0"] * len(TASKS))
+    axes[0].set(xlabel="cosine error (logarithmic)", title="a task that the refiner has not seen", xscale="log")
     methods = ("teacher_forced", "ar_greedy", "refined_hidden")
     values = [[c["other"]["scores"][m]["all"]["cosine_error"] for c in cells] for m in methods]
     bars(axes[1], methods, values, [train_refiner.COLOURS[m] for m in methods])
-    axes[1].set(xlabel="cosine error", title="another dataset")
+    axes[1].set(xlabel="cosine error", title="a dataset that no model has seen")
     data.write_whole(figure_path, figure.savefig)
 
 
