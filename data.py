@@ -450,7 +450,7 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):  # macOS, Windows, another C library
         return
     mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: what is larger than 64 MB, data and not temporary, is still given back
 
 
 def pick_device(name: str) -> torch.device:

@@ -1058,7 +1058,7 @@ def plot_generalize(figure_path, cells: list) -> None:
             names.append(f"{task}: {name}")
             values.append([c["scores"][method][task]["cosine_error"] for c in cells])
     bars(axes[0], names, values, ["#d1495b", "#1d4e9e", "#66a5e0"] * len(TASKS))
-    axes[0].set(xlabel="cosine error (logarithmic)", title="a task that the refiner has not seen", xscale="log")
+    axes[0].set(xlabel="cosine error", title="a task that the refiner has not seen")
     methods = ("teacher_forced", "ar_greedy", "refined_hidden")
     values = [[c["other"]["scores"][m]["all"]["cosine_error"] for c in cells] for m in methods]
     bars(axes[1], methods, values, [train_refiner.COLOURS[m] for m in methods])
