@@ -10,6 +10,7 @@ import ast
 import base64
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -79,7 +80,11 @@ def test_nothing_of_the_project_is_written_again(path):
 
 
 def execute(path):
-    """The notebook with the outputs of a fresh kernel that was started beside it. Raises if a cell fails."""
+    """The notebook with the outputs of a fresh kernel that was started beside it. Raises if a cell fails.
+
+    One thread, as in all tests: threads that wait for each other on a busy machine take many times as long.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel inherits it
     import nbclient
     import nbformat
 
