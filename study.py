@@ -861,7 +861,7 @@ def plot_positions(figure_path, cells: list) -> None:
             colour = train_refiner.COLOURS.get(method, "#9b5de5")
             axis.plot(mean, color=colour, label=f"{method}  AUC {curves.sum(1).mean():.2f}")
             axis.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=name, xlabel="token position t (raster order)", ylim=(0, None))
+        axis.set(title=name, xlabel="token position t (raster order)", ylim=(0, 1.4 * axis.get_ylim()[1]))  # room for the legend
         axis.legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
     axes[0].set_ylabel(f"cosine error, mean ± sd of {len(cells)} seeds")
     data.write_whole(figure_path, figure.savefig)
