@@ -155,11 +155,6 @@ def score(lab: Lab, bench: Bench, written: dict) -> dict:
     return {"scores": scores, "by_sentence": by_sentence, "task": test["task"].tolist()}
 
 
-def baseline(scores: dict, name: str) -> float:
-    """The backbone's better decoding of the two: what `gap_closed` starts from."""
-    return min(scores[method][name]["cosine_error"] for method in ("ar_greedy", "ar_sampled"))
-
-
 def interval(differences: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of paired differences (n,), by drawing sentences with replacement."""
     generator = torch.Generator().manual_seed(0)
@@ -412,9 +407,7 @@ def show_main(cells: list) -> tuple[str, dict]:
 
 def gap_of(cell: dict, method: str, name: str) -> float:
     """`gap_closed` of a method in a cell."""
-    scores = cell["scores"]
-    forced = scores["teacher_forced"][name]["cosine_error"]
-    return vsr.gap_closed(baseline(scores, name), scores[method][name]["cosine_error"], forced)
+    return train_refiner.gap_of(cell["scores"], method, name)
 
 
 def attention_share(cell: dict, method: str, control: str) -> float:
@@ -794,11 +787,6 @@ def run_generalize(lab: Lab, seed: int) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def values_of(cells: list, of) -> list:
-    """of(cell) of every cell: one value a seed."""
-    return [of(cell) for cell in cells]
-
-
 def gap_table(cells: list, methods, title: str) -> str:
     """Gap closed by each method, over all and by task, mean ± standard deviation over the cells."""
     lines = [f"gap closed, {title}, mean ± sd over {len(cells)} seeds", f"{'':26}" + "".join(f"{n:>16}" for n in ("all", *TASKS))]
@@ -842,7 +830,7 @@ def plot_main(figure_path, cells: list) -> None:
     figure, axes = new_figure(4, 3.6, 4.2)
     colours = [train_refiner.COLOURS.get(method, "#b8b8b8") for method in rows]
     for axis, name in zip(axes, ("all", *TASKS), strict=True):
-        values = [values_of(cells, lambda c: c["scores"][method][name]["cosine_error"]) for method in rows]  # noqa: B023
+        values = [[c["scores"][method][name]["cosine_error"] for c in cells] for method in rows]
         bars(axis, rows if axis is axes[0] else [""] * len(rows), values, colours)
         axis.axvline(statistics.fmean(values[0]), color=colours[0], linewidth=0.8, linestyle=":")
         axis.set(title=name, xlabel="cosine error")

@@ -304,17 +304,19 @@ def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: to
     return scores
 
 
+def gap_of(scores: dict, method: str, name: str) -> float:
+    """`vsr.gap_closed` of a method on all sentences or a task, against the backbone's better decoding of the two."""
+    baseline = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
+    return vsr.gap_closed(baseline, scores[method][name]["cosine_error"], scores["teacher_forced"][name]["cosine_error"])
+
+
 def gaps_closed(scores: dict) -> dict:
-    """`gap_closed` of each refiner, over all and by task, against the backbone's better decoding of the two."""
+    """`gap_closed` of each refiner and of the expected embedding, over all and by task; None where nothing accumulated."""
     closed = {}
     for method in scores:
         if method.startswith("refined_") or method == "expected_embedding":
-            closed[method] = {}
-            for name, score in scores[method].items():
-                baseline = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
-                forced = scores["teacher_forced"][name]["cosine_error"]
-                share = vsr.gap_closed(baseline, score["cosine_error"], forced)
-                closed[method][name] = None if math.isnan(share) else share
+            shares = {name: gap_of(scores, method, name) for name in scores[method]}
+            closed[method] = {name: None if math.isnan(share) else share for name, share in shares.items()}
     return closed
 
 
