@@ -51,9 +51,9 @@ class StudyConfig:
     """Sizes of the controls."""
 
     lora_rank: Annotated[int, "rank of the low-rank adapters"] = 64
-    lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1200
+    lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1000
     lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
-    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1200
+    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1000
     samples: Annotated[int, "n of best_of_n"] = 8
     steps: Annotated[int, "training steps of each refiner in `data`, `size`, `reading`, `loss` and `generalize`"] = 1000
     rollouts: Annotated[int, "rollouts of the other backbones in `backbones`"] = 8192
@@ -259,7 +259,7 @@ def longer_backbone(lab: Lab, bench: Bench, seed: int):
 def generate_all(lab: Lab, backbone, tokens: torch.Tensor, temperature: float = 0.0, generator=None) -> Rollout:
     """Rollouts (S, N) of the last images of sentences (S, 2K+2, N), with states, on the CPU."""
     parts = []
-    for part in tokens.split(64):
+    for part in tokens.split(lab.config["refiner"].rollout_batch):
         prompt = part[:, :-1].flatten(1).long().to(lab.device)
         with lab.autocast:
             rollout = backbone.generate(prompt, part.shape[2], temperature, generator=generator)
@@ -463,18 +463,19 @@ def run_demos(lab: Lab, seed: int, num_demos: int) -> dict:
 class LlamaBlock(nn.Module):
     """A block of LLaMA's family: RMSNorm, rotary positions, SwiGLU, no biases (Touvron et al., 2023)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
+        self.out = nn.Linear(heads * head_width, width, bias=False)
         inner = 8 * width // 3
         self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: torch.Tensor, turn: torch.Tensor, cache: torch.Tensor | None, start: int) -> torch.Tensor:
         """x: (B, T, C); turn: (T, d/2) complex, by which to rotate queries and keys; cache as in `vsr.Attention`."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
 
         def rotate(y):
@@ -487,7 +488,7 @@ class LlamaBlock(nn.Module):
             if T == 1:
                 k, v, length = *cache.unbind(0), start + 1
         y = vsr.attend(q, k, v, causal=T > 1, length=length)  # (B, H, T, d)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
@@ -498,12 +499,12 @@ class Llama(vsr.GPT):
     def __init__(self, config: vsr.GPTConfig, codebook_size: int, tokens_per_image: int, num_images: int):
         super().__init__(config, codebook_size, tokens_per_image, num_images)
         del self.place_embedding, self.image_embedding
-        self.blocks = nn.ModuleList(LlamaBlock(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(LlamaBlock(config.width, config.heads, config.head_width) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.blocks.apply(vsr.init_weights)
 
     def states(self, inputs: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
-        half = self.config.width // self.config.heads // 2
+        half = self.config.head_width // 2
         rate = 10000 ** (-torch.arange(half, device=inputs.device) / half)  # (d/2,)
         position = torch.arange(start, start + inputs.shape[1], device=inputs.device)  # (T,)
         turn = torch.polar(torch.ones(()).to(rate), position[:, None] * rate)  # (T, d/2)
@@ -581,7 +582,8 @@ def run_backbones(lab: Lab, seed: int, backbone: str) -> dict:
         model, _ = train_refiner.train_backbone(
             config, sentences["train"], sentences["val"], len(b.codebook), lab.device, lab.dtype, seed, make=make
         )
-        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast) for split, part in tokens.items()}
+        batch = lab.config["refiner"].rollout_batch
+        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast, batch) for split, part in tokens.items()}
     b = b._replace(trained=b.trained._replace(backbone=model, tokens=tokens, generated=generated))
     rollouts, targets = states_of(lab, b)
     refiner, _, _ = fit(lab, b, rollouts, targets, seed)

@@ -48,8 +48,9 @@ PRESETS = {
         "data": {"image_size": 256, "train_sentences": 100_000, "eval_sentences": 1000},
         "vqgan": {"factor": 16, "codebook_size": 8192, "code_dim": 32, "channels": 512, "steps": 100_000,
                   "batch_size": 128, "learning_rate": 3e-4, "gan_weight": 0.5},
-        "gpt": {"layers": 24, "heads": 16, "width": 1024, "steps": 100_000, "batch_size": 64, "learning_rate": 3e-4},
-        "refiner": {"layers": 6, "width": 512, "rollouts": 20_000, "steps": 20_000, "batch_size": 128,
+        "gpt": {"layers": 24, "heads": 16, "width": 1024, "head_width": 64, "steps": 100_000, "batch_size": 64,
+                "learning_rate": 3e-4},
+        "refiner": {"layers": 6, "width": 512, "rollouts": 20_000, "rollout_batch": 64, "steps": 20_000, "batch_size": 128,
                     "learning_rate": 3e-4},
     },
 }  # fmt: skip
@@ -149,11 +150,11 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
 # --------------------------------------------------------------------------------------------------
 
 
-def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast) -> torch.Tensor:
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256) -> torch.Tensor:
     """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
     device = backbone.head.weight.device
     generated = []
-    for part in tqdm(tokens.split(64), desc="rollouts", unit="batch", mininterval=1, leave=None):
+    for part in tqdm(tokens.split(batch), desc="rollouts", unit="batch", mininterval=1, leave=None):
         prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
         with autocast:
             generated.append(backbone.generate(prompt, part.shape[2]).tokens.to("cpu", tokens.dtype))
@@ -684,12 +685,13 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     # 3. Rollouts of the frozen backbone
     path, began = out / "rollouts.pt", time.perf_counter()
     tokens["train"] = tokens["train"][: config["refiner"].rollouts]
-    stage_config |= {"rollouts": config["refiner"].rollouts}
+    batch = config["refiner"].rollout_batch
+    stage_config |= {"rollouts": config["refiner"].rollouts, "rollout_batch": batch}
     checkpoint = reuse(path, stage_config, "rollouts", fresh)
     if checkpoint is None:
         checkpoint = {
             "config": stage_config,
-            **{split: make_rollouts(backbone, tokens[split], autocast) for split in tokens},
+            **{split: make_rollouts(backbone, tokens[split], autocast, batch) for split in tokens},
             "seconds": time.perf_counter() - began,
         }
         data.save_checkpoint(path, checkpoint)

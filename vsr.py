@@ -44,6 +44,7 @@ class GPTConfig:
     layers: Annotated[int, "Transformer blocks"] = 4
     heads: Annotated[int, "attention heads"] = 2
     width: Annotated[int, "size of a hidden state"] = 128
+    head_width: Annotated[int, "size of a head; heads * head_width below width makes the KV cache smaller"] = 32
     dropout: Annotated[float, "dropout in the blocks while training"] = 0.0
     steps: Annotated[int, "training steps"] = 700
     batch_size: Annotated[int, "sentences a step"] = 32
@@ -60,10 +61,11 @@ class RefinerConfig:
     layers: Annotated[int, "bidirectional Transformer blocks"] = 2
     heads: Annotated[int, "attention heads"] = 16
     width: Annotated[int, "size of a hidden state"] = 128
-    dropout: Annotated[float, "dropout in the blocks while training"] = 0.1
+    dropout: Annotated[float, "dropout in the blocks while training"] = 0.0
     attention: Annotated[bool, "let positions see each other; without, each is alone (a control)"] = True
     rollouts: Annotated[int, "sentences the frozen backbone generates to train the refiners on"] = 20480
-    steps: Annotated[int, "training steps"] = 2000
+    rollout_batch: Annotated[int, "sentences generated at once; each needs memory for its KV cache"] = 256
+    steps: Annotated[int, "training steps"] = 1800
     batch_size: Annotated[int, "rollouts a step"] = 64
     learning_rate: Annotated[float, "peak learning rate of Muon and AdamW"] = 1e-2
 
@@ -73,10 +75,10 @@ class RefinerConfig:
 
 def check_sizes(prefix: str, config) -> None:
     """Raise ValueError, naming the flag, for a configuration that cannot be built or trained."""
-    for name in ("layers", "heads", "width", "steps", "batch_size", "rollouts"):
+    for name in ("layers", "heads", "width", "head_width", "steps", "batch_size", "rollouts", "rollout_batch"):
         if getattr(config, name, 1) < 1:
             raise ValueError(f"--{prefix}-{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
-    if config.width % config.heads:
+    if config.width % config.heads and prefix == "refiner":  # the backbone has --gpt-head-width
         raise ValueError(f"--{prefix}-heads {config.heads}: does not divide --{prefix}-width {config.width}")
     if not config.learning_rate > 0:
         raise ValueError(f"--{prefix}-learning-rate {config.learning_rate}: expected a number above 0")
@@ -149,11 +151,11 @@ class RelativeBias(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: causal, or, with a grid, over all positions of an image at once."""
 
-    def __init__(self, width: int, heads: int, grid: tuple[int, int] | None = None):
+    def __init__(self, width: int, heads: int, grid: tuple[int, int] | None = None, head_width: int | None = None):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.heads, inner = heads, heads * (head_width or width // heads)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.out = nn.Linear(inner, width)
         self.relative = None if grid is None else RelativeBias(heads, grid)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
@@ -162,7 +164,7 @@ class Attention(nn.Module):
         With a KV cache (2, B, H, T_max, d) the keys and values of x are kept in it. Either the whole prompt
         comes at once (start = 0), or one position (T = 1), which then sees all that the cache holds.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
         length = None
         if cache is not None:
@@ -172,16 +174,19 @@ class Attention(nn.Module):
                 k, v, length = *cache.unbind(0), start + 1  # (B, H, T_max, d)
         bias = None if self.relative is None else self.relative()  # (H, T, T)
         y = attend(q, k, v, causal=bias is None and T > 1, length=length, bias=bias)  # (B, H, T, d)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + MLP(norm(x)). Without attention: the MLP alone."""
 
-    def __init__(self, width: int, heads: int, dropout: float, grid: tuple[int, int] | None = None, attention: bool = True):
+    def __init__(
+        self, width: int, heads: int, dropout: float, grid: tuple[int, int] | None = None, attention: bool = True,
+        head_width: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.norm1 = nn.LayerNorm(width) if attention else None
-        self.attention = Attention(width, heads, grid) if attention else None
+        self.attention = Attention(width, heads, grid, head_width) if attention else None
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
@@ -230,7 +235,9 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(codebook_size + 1, config.width)
         self.place_embedding = nn.Embedding(tokens_per_image, config.width)
         self.image_embedding = nn.Embedding(num_images, config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout, head_width=config.head_width) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, codebook_size, bias=False)
         self.apply(init_weights)
@@ -289,12 +296,11 @@ class GPT(nn.Module):
         B, P = prompt.shape
         if P + num_tokens > self.max_tokens:
             raise ValueError(f"{P} + {num_tokens} tokens: the backbone was made for at most {self.max_tokens}")
-        width, heads = self.config.width, self.config.heads
         inputs = F.pad(prompt, (1, 0), value=self.start_token)  # (B, P+1)
         device = prompt.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.head.weight.dtype
-        shape = (len(self.blocks), 2, B, heads, P + num_tokens, width // heads)
+        shape = (len(self.blocks), 2, B, self.config.heads, P + num_tokens, self.config.head_width)
         cache = torch.zeros(shape, dtype=dtype, device=prompt.device)
         states = self.states(inputs, cache)  # (B, P+1, C)
         context, state = states[:, max(0, P + 1 - num_tokens) :], states[:, -1:]

@@ -420,7 +420,8 @@ def test_gap_closed(refined, expected):
     ("config", "flags", "named"),
     [
         (GPTConfig, {"layers": 0}, "--gpt-layers"),
-        (GPTConfig, {"width": 30, "heads": 4}, "--gpt-heads"),
+        (RefinerConfig, {"width": 30, "heads": 4}, "--refiner-heads"),
+        (GPTConfig, {"head_width": 0}, "--gpt-head-width"),
         (RefinerConfig, {"dropout": 1.0}, "--refiner-dropout"),
         (RefinerConfig, {"rollouts": 0}, "--refiner-rollouts"),
         (data.DataConfig, {"num_demos": 0}, "--num-demos"),
