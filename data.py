@@ -22,7 +22,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 TASKS = ("colorize", "inpaint", "edges")
@@ -372,6 +375,10 @@ def write_whole(path, write) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -426,6 +433,83 @@ def load_checkpoint(path) -> dict:
     if not isinstance(content, dict) or "config" not in content:
         raise UserError(f"{path}: not a checkpoint of this project (no configuration in it)")
     return content
+
+
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    """Name the first field in which two nested configurations differ, with both values; None if they agree."""
+    for name in new:
+        if isinstance(new[name], dict):
+            found = first_difference(old.get(name, {}), new[name], f"{prefix}{name}.")
+            if found:
+                return found
+        elif old.get(name) != new[name]:
+            return f"{prefix}{name} = {old.get(name)}, now {new[name]}"
+    return None
+
+
+def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None, every: int = 100, unit: str = "step") -> tqdm:
+    """The steps of a training, as a bar to loop over. Killed at any moment, the training goes on where it was.
+
+    progress: None, or (file, configuration). After every `every` steps the file gets all that the loop changes: `parts`
+    ({name: module, optimizer, generator or tensor}), the log and torch's own random state. If the file is there at the
+    start, all of it is put back and its steps are left out. So at most `every` steps are lost, and the weights at the
+    end are those of a training that was not interrupted. The first Ctrl-C lets the step end, saves, and then raises
+    KeyboardInterrupt. `log["earlier_seconds"]` is what earlier attempts took.
+    Raises UserError if the file was made with another configuration.
+    """
+    log["earlier_seconds"], first = 0.0, 0
+    if progress and progress[0].is_file():
+        path, config = progress
+        saved = load_checkpoint(path)
+        if difference := first_difference(saved["config"], config):
+            raise UserError(f"{path} was made with {difference}: give another --out, or remove the file to begin again")
+        for key, part in parts.items():
+            if isinstance(part, torch.Tensor):
+                part.copy_(saved["parts"][key])
+            elif isinstance(part, torch.Generator):
+                part.set_state(saved["parts"][key])
+            else:
+                part.load_state_dict(saved["parts"][key])
+        torch.set_rng_state(saved["random"])
+        log.update(saved["log"])
+        first = saved["step"]
+        print(f"{name}: goes on at {unit} {first} of {steps}")
+    began, earlier, interrupts = time.perf_counter(), log["earlier_seconds"], []
+
+    def save(step: int) -> None:
+        states = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in parts.items()}
+        states |= {key: part.get_state() for key, part in parts.items() if isinstance(part, torch.Generator)}
+        content = {"config": progress[1], "step": step, "parts": states, "random": torch.get_rng_state()}
+        seconds = earlier + time.perf_counter() - began
+        save_checkpoint(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+
+    def interrupt(*_) -> None:
+        interrupts.append(True)
+        if len(interrupts) > 1:  # impatient: what was saved before still counts
+            raise KeyboardInterrupt
+
+    def run():
+        listens = progress is not None and threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGINT, interrupt) if listens else None
+        try:
+            for step in range(first, steps):
+                yield step  # here the loop does its work
+                weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
+                if progress and (interrupts or step % every == every - 1) and all(p.isfinite().all() for p in weights):
+                    save(step + 1)
+                if interrupts:
+                    raise KeyboardInterrupt(f"{name}: {unit} {step + 1} of {steps} is saved; the same command goes on from there")
+        finally:
+            if listens:
+                signal.signal(signal.SIGINT, handler)
+
+    return tqdm(run(), desc=name, total=steps, initial=first, unit=unit, mininterval=1, leave=None)
+
+
+def check_finite(loss: torch.Tensor, stage: str, step: int, flag: str, rate: float) -> None:
+    """Raise UserError, with what to try, if a training's loss is no longer a number."""
+    if not torch.isfinite(loss):
+        raise UserError(f"{stage}: the loss is {loss.item()} at step {step}, learning rate {rate:.2g}; try a lower {flag}")
 
 
 def check_writable(folder, flag: str = "--out") -> None:
@@ -524,8 +608,9 @@ def run_command(main) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; train_refiner.py keeps the stages it has finished (repeat it without --fresh)", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt) or "what was finished or saved is kept, and the same command goes on from there"
+        print(f"\ninterrupted. {reason} (without --fresh)", file=sys.stderr)
         sys.exit(130)
 
 

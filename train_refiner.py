@@ -88,11 +88,14 @@ def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.
     ]
 
 
-def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int, compile: bool = False, make=GPT):
+def train_backbone(
+    config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int, compile: bool = False, make=GPT, progress=None
+):
     """Pretrain the backbone, a GPT or what `make` builds, on whole sentences with next-token cross-entropy.
 
-    train, val: tokens (S, 2K+2, N). Returns the frozen model and the log; `val_loss` is on 128 held-out
-    sentences, all tokens, `val_target_loss` and `val_target_accuracy` on the tokens of their last image.
+    train, val: tokens (S, 2K+2, N). progress: where an unfinished training is kept, see `data.training_steps`. Returns
+    the frozen model and the log; `val_loss` is on 128 held-out sentences, all tokens, `val_target_loss` and
+    `val_target_accuracy` on the tokens of their last image.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +108,8 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
     log = {"step": [], "loss": [], "val_step": [], "val_loss": [], "val_target_loss": [], "val_target_accuracy": []}
 
     began = time.perf_counter()
-    bar = tqdm(range(config.steps), desc="backbone", unit="step", mininterval=1, leave=None)
+    parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1], "generator": generator}
+    bar = data.training_steps("backbone", config.steps, log, parts, progress)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
@@ -121,8 +125,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
             optimizer.step()
 
         if step % 20 == 0 or step == config.steps - 1:
-            if not torch.isfinite(loss):
-                raise UserError(f"backbone: the loss is {loss.item()} at step {step}; try a lower --gpt-learning-rate")
+            data.check_finite(loss, "backbone", step, "--gpt-learning-rate", optimizers[0].param_groups[0]["lr"])
             log["step"].append(step)
             log["loss"].append(loss.item())
             rate = config.batch_size * tokens.shape[1] * (bar.format_dict["rate"] or 0)
@@ -141,7 +144,9 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
             log["val_loss"].append(losses.mean().item())
             log["val_target_loss"].append(losses[:, -N:].mean().item())
             log["val_target_accuracy"].append(right.mean().item())
-    log["tokens_per_s"] = config.steps * train[0].numel() * config.batch_size / (time.perf_counter() - began)
+    log["tokens_per_s"] = (
+        config.steps * train[0].numel() * config.batch_size / (log["earlier_seconds"] + time.perf_counter() - began)
+    )
     return model.eval().requires_grad_(False), log
 
 
@@ -150,15 +155,15 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
 # --------------------------------------------------------------------------------------------------
 
 
-def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256) -> torch.Tensor:
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256, progress=None) -> torch.Tensor:
     """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
     device = backbone.head.weight.device
-    generated = []
-    for part in tqdm(tokens.split(batch), desc="rollouts", unit="batch", mininterval=1, leave=None):
-        prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
+    parts, log = tokens.split(batch), {"generated": []}
+    for index in data.training_steps("rollouts", len(parts), log, {}, progress, every=10, unit="batch"):
+        prompt = parts[index][:, :-1].flatten(1).long().to(device)  # (B, P)
         with autocast:
-            generated.append(backbone.generate(prompt, part.shape[2]).tokens.to("cpu", tokens.dtype))
-    return torch.cat(generated)
+            log["generated"].append(backbone.generate(prompt, tokens.shape[2]).tokens.to("cpu", tokens.dtype))
+    return torch.cat(log["generated"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def read_states(backbone: GPT, tokens: torch.Tensor, generated: torch.Tensor, au
 
 def train_refiner(
     config: RefinerConfig, inputs: str, codebook, grid, rollouts, targets, device, dtype, seed: int,
-    loss_function=vsr.cosine_loss, make=Refiner,
+    loss_function=vsr.cosine_loss, make=Refiner, progress=None,
 ):  # fmt: skip
     """Train one refiner on rollouts of a frozen backbone, of whatever kind.
 
@@ -207,7 +212,8 @@ def train_refiner(
         return loss_function(refined, codebook[targets[split][chosen].long().to(device)])
 
     log = {"step": [], "loss": [], "val_step": [], "val_loss": []}
-    bar = tqdm(range(config.steps), desc=f"refiner ({inputs})", unit="step", mininterval=1, leave=None)
+    parts = {"model": refiner, "muon": optimizers[0], "adamw": optimizers[1], "generator": generator}
+    bar = data.training_steps(f"refiner ({inputs})", config.steps, log, parts, progress)
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
@@ -220,8 +226,7 @@ def train_refiner(
             optimizer.step()
 
         if step % 20 == 0 or step == config.steps - 1:
-            if not torch.isfinite(loss):
-                raise UserError(f"refiner: the loss is {loss.item()} at step {step}; try a lower --refiner-learning-rate")
+            data.check_finite(loss, "refiner", step, "--refiner-learning-rate", optimizers[0].param_groups[0]["lr"])
             log["step"].append(step)
             log["loss"].append(loss.item())
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
@@ -554,18 +559,6 @@ def score_weights(path, sentences: data.Sentences, device, count: int) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """Name the first field in which two nested configurations differ, with both values; None if they agree."""
-    for name in new:
-        if isinstance(new[name], dict):
-            found = first_difference(old.get(name, {}), new[name], f"{prefix}{name}.")
-            if found:
-                return found
-        elif old.get(name) != new[name]:
-            return f"{prefix}{name} = {old.get(name)}, now {new[name]}"
-    return None
-
-
 def reuse(path: Path, config: dict, stage: str, fresh: str | None) -> dict | None:
     """The checkpoint of a finished stage, if there is one with this configuration. Raises UserError for another.
 
@@ -573,18 +566,24 @@ def reuse(path: Path, config: dict, stage: str, fresh: str | None) -> dict | Non
     run that goes on after an interruption, can then put models together that were not trained together.
     """
     if stage == fresh:
-        path.unlink(missing_ok=True)
-        for later in list(CHECKPOINTS)[list(CHECKPOINTS).index(stage) + 1 :]:
-            for old in path.parent.glob(CHECKPOINTS[later]):
+        later = list(CHECKPOINTS.values())[list(CHECKPOINTS).index(stage) + 1 :]
+        for name in (path.name, *later):
+            for old in path.parent.glob(name.removesuffix(".pt") + ".*"):  # the .progress of an unfinished training too
                 old.unlink()
     if not path.is_file():
         return None
     checkpoint = data.load_checkpoint(path)
-    difference = first_difference(checkpoint["config"], config)
+    difference = data.first_difference(checkpoint["config"], config)
     if difference:
         raise UserError(f"{path} was made with {difference}: give another --out, or --fresh {stage} to train again from there")
     print(f"{stage}: reusing {path}")
     return checkpoint
+
+
+def finish(path: Path, checkpoint: dict) -> None:
+    """Write the checkpoint of a finished stage; what was kept of the unfinished one is no longer needed."""
+    data.save_checkpoint(path, checkpoint)
+    path.with_suffix(".progress").unlink(missing_ok=True)
 
 
 def describe(config: dict, inputs: list, device) -> dict:
@@ -659,9 +658,11 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
     checkpoint = reuse(path, stage_config, "tokenizer", fresh)
     if checkpoint is None:
-        model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, seed)
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
-        data.save_checkpoint(path, checkpoint)
+        progress = path.with_suffix(".progress"), stage_config
+        model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, seed, progress)
+        took = log["earlier_seconds"] + time.perf_counter() - began
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": took}
+        finish(path, checkpoint)
     tokenizer = vqgan.build_tokenizer(checkpoint, device)
     codebook = tokenizer.codebook.vectors
     logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
@@ -676,9 +677,13 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
         "val": encode_sentences(tokenizer, sentences, "val", config["data"].eval_sentences, device, autocast),
     }
     if checkpoint is None:
-        model, log = train_backbone(config["gpt"], tokens["train"], tokens["val"], len(codebook), device, dtype, seed, compile)
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": time.perf_counter() - began}
-        data.save_checkpoint(path, checkpoint)
+        progress = path.with_suffix(".progress"), stage_config
+        model, log = train_backbone(
+            config["gpt"], tokens["train"], tokens["val"], len(codebook), device, dtype, seed, compile, progress=progress
+        )
+        took = log["earlier_seconds"] + time.perf_counter() - began
+        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": took}
+        finish(path, checkpoint)
     backbone = build_backbone(checkpoint, device)
     logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
 
@@ -689,12 +694,14 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     stage_config |= {"rollouts": config["refiner"].rollouts, "rollout_batch": batch}
     checkpoint = reuse(path, stage_config, "rollouts", fresh)
     if checkpoint is None:
+        progress = path.with_suffix(".progress"), stage_config
         checkpoint = {
             "config": stage_config,
-            **{split: make_rollouts(backbone, tokens[split], autocast, batch) for split in tokens},
+            "train": make_rollouts(backbone, tokens["train"], autocast, batch, progress),
+            "val": make_rollouts(backbone, tokens["val"], autocast, batch),
             "seconds": time.perf_counter() - began,
         }
-        data.save_checkpoint(path, checkpoint)
+        finish(path, checkpoint)
     generated = {split: checkpoint[split] for split in tokens}
     seconds["rollouts"] = checkpoint["seconds"]
 
@@ -709,14 +716,13 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
             if rollouts is None:
                 rollouts = {split: read_states(backbone, tokens[split], generated[split], autocast) for split in tokens}
                 seconds["states"], began = time.perf_counter() - began, time.perf_counter()
-            model, log = train_refiner(config["refiner"], name, codebook, tokenizer.grid, rollouts, targets, device, dtype, seed)
-            checkpoint = {
-                "config": refiner_config,
-                "model": model.state_dict(),
-                "log": log,
-                "seconds": time.perf_counter() - began,
-            }
-            data.save_checkpoint(path, checkpoint)
+            model, log = train_refiner(
+                *(config["refiner"], name, codebook, tokenizer.grid, rollouts, targets, device, dtype, seed),
+                progress=(path.with_suffix(".progress"), refiner_config),
+            )
+            took = log["earlier_seconds"] + time.perf_counter() - began
+            checkpoint = {"config": refiner_config, "model": model.state_dict(), "log": log, "seconds": took}
+            finish(path, checkpoint)
         refiners[name] = build_refiner(checkpoint, device)
         logs[f"refiner_{name}"], seconds[f"refiner_{name}"] = checkpoint["log"], checkpoint["seconds"]
     return Trained(tokenizer, backbone, refiners, tokens, generated, logs, seconds)

@@ -28,7 +28,6 @@ from typing import Annotated
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 
@@ -304,10 +303,11 @@ def scheduled_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1, (step + 1) / warmup) * max(0.02, cosine)
 
 
-def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtype, seed: int = 0):
+def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtype, seed: int = 0, progress=None):
     """Train a VQGAN on the sources and targets of training sentences, drawn afresh at each step.
 
-    Returns the model and the log, {"step": [...], "reconstruction": [...], ...}.
+    progress: where an unfinished training is kept, see `data.training_steps`. Returns the model and the log,
+    {"step": [...], "reconstruction": [...], ...}.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -322,7 +322,9 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
     names = ("reconstruction", "gradient", "commitment", "generator", "discriminator", "codes_in_use")
     log = {"step": [], **{name: [] for name in names}}
 
-    bar = tqdm(range(config.steps), desc="tokenizer", unit="step", mininterval=1, leave=None)
+    parts = {"model": model, "unused": model.codebook.unused, "optimizer": optimizer, "generator": generator}
+    parts |= {"discriminator": discriminator, "d_optimizer": d_optimizer}
+    bar = data.training_steps("tokenizer", config.steps, log, parts, progress)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
@@ -355,8 +357,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
             # Not in the last fifth: by then every revived code has had time to find its place.
             model.codebook.revive(z.detach().flatten(0, 1), config.revive_every, generator)
         if step % 20 == 0 or step == config.steps - 1:
-            if not torch.isfinite(loss):
-                raise data.UserError(f"tokenizer: the loss is {loss.item()} at step {step}; try a lower --vqgan-learning-rate")
+            data.check_finite(loss, "tokenizer", step, "--vqgan-learning-rate", optimizer.param_groups[0]["lr"])
             in_use = len(tokens.unique())
             values = [x.item() for x in (pixels, slopes, commitment_loss, adversarial, d_loss)] + [in_use]
             log["step"].append(step)

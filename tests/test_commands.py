@@ -81,11 +81,11 @@ def test_optimizers_hold_each_parameter_of_the_model_once(inputs):
 
 def test_first_difference_names_the_nested_field():
     old = {"gpt": {"layers": 2, "width": 64}, "seed": 0}
-    assert train_refiner.first_difference(old, {"gpt": {"layers": 2, "width": 64}, "seed": 0}) is None
+    assert data.first_difference(old, {"gpt": {"layers": 2, "width": 64}, "seed": 0}) is None
     for changed in ({"gpt": {"layers": 3, "width": 64}}, {"seed": 1}, {"gpt": {"heads": 2}}, {"vqgan": {"factor": 4}}):
         ((group, value),) = changed.items()
         name = f"{group}.{next(iter(value))}" if isinstance(value, dict) else group
-        assert train_refiner.first_difference(old, {**old, **changed}).startswith(f"{name} = ")
+        assert data.first_difference(old, {**old, **changed}).startswith(f"{name} = ")
 
 
 # Training: the command
