@@ -430,7 +430,7 @@ def load_checkpoint(path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated file, another format, a pickle with code in it
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
-    if not isinstance(content, dict) or "config" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of this project (no configuration in it)")
     return content
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one finished (very small) run, and a way to call a command in this process."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def smoke(tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     return SimpleNamespace(out=out, flags=flags, stdout=result.stdout)
+
+
+@pytest.fixture
+def copied(smoke, tmp_path):
+    """A copy of the finished run that a test may change: the folder, and the flags that go on with it."""
+    shutil.copytree(smoke.out, tmp_path / "run")
+    return tmp_path / "run", [*smoke.flags[:-1], tmp_path / "run"]
 
 
 @pytest.fixture

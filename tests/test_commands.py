@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 
 import pytest
 import torch
@@ -35,13 +34,6 @@ def metrics_of(folder) -> dict:
 
 def contents(folder) -> dict:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-
-
-@pytest.fixture
-def copied(smoke, tmp_path):
-    """A copy of the finished run that a test may change: the folder, and the flags that go on with it."""
-    shutil.copytree(smoke.out, tmp_path / "run")
-    return tmp_path / "run", [*smoke.flags[:-1], tmp_path / "run"]
 
 
 # Training: its parts
