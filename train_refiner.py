@@ -241,6 +241,39 @@ def train_refiner(
     return refiner.eval().requires_grad_(False), log
 
 
+def refiner_for(
+    write, prompts: torch.Tensor, truth: torch.Tensor, codebook: torch.Tensor, grid: tuple[int, int],
+    inputs: str = "hidden", config: RefinerConfig | None = None, device="cpu", dtype=torch.float32, seed: int = 0,
+):  # fmt: skip
+    """Train a refiner for a frozen model from elsewhere: whatever can write tokens, over whatever codebook.
+
+    write: a function from prompts (B, ...) on the device to what the model writes after them, free-running: a `Rollout`
+        of tokens (B, N) and, if it has them, hidden states (B, N, C), each taken where its token was predicted; None for
+        the states that `inputs` does not read. Tokens are rows of the codebook: take off an offset of the vocabulary.
+    prompts: (S, ...), the sentences without their last image. truth: (S, N), its true tokens y*.
+    codebook: (V, D), of any norm. grid: (h, w), N = h * w, raster order.
+    Returns the refiner and the log of `train_refiner`; a sixteenth of the sentences is held out for `val_loss`. Apply it
+    with `vsr.refine(refiner, codebook, tokens, hidden=hidden)`. Raises ValueError if the shapes do not fit.
+    """
+    config, device = config or RefinerConfig(), torch.device(device)
+    batches = prompts.split(config.rollout_batch)
+    with torch.no_grad():
+        parts = [write(part.to(device)) for part in tqdm(batches, desc="rollouts", unit="batch", mininterval=1, leave=None)]
+    fields = [None if None in field else torch.cat([x.cpu() for x in field]) for field in map(list, zip(*parts, strict=True))]
+    if fields[0].shape != truth.shape or truth.shape[1] != grid[0] * grid[1] or len(truth) < 2:
+        raise ValueError(
+            f"tokens {tuple(fields[0].shape)}, truth {tuple(truth.shape)}, grid {grid}: expected (S, N), (S, N), N = h w"
+        )
+    if not 0 <= min(fields[0].min(), truth.min()) <= max(fields[0].max(), truth.max()) < len(codebook):
+        raise ValueError(f"tokens outside the codebook, 0 to {len(codebook) - 1}; take off the offset of the vocabulary")
+    held = max(1, len(truth) // 16)
+    cuts = {"train": slice(held, None), "val": slice(held)}
+    rollouts = {split: Rollout(*[None if x is None else x[rows] for x in fields]) for split, rows in cuts.items()}
+    targets = {split: truth[rows].cpu() for split, rows in cuts.items()}
+    codebook = F.normalize(codebook.detach().float().to(device), dim=-1)
+    return train_refiner(config, inputs, codebook, grid, rollouts, targets, device, dtype, seed)
+
+
 # --------------------------------------------------------------------------------------------------
 # Stage 5: evaluation
 # --------------------------------------------------------------------------------------------------

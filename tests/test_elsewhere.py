@@ -1,0 +1,100 @@
+"""The refiner on models that this project did not write: a LLaMA of `transformers` over the codebook of a `diffusers` VQ model.
+
+Optional: `pip install transformers diffusers`. Nothing is downloaded; both are built from a configuration and trained
+for some seconds on toy sentences.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import train_refiner
+import vsr
+
+GRID, N, V, OFFSET = (4, 4), 16, 64, 3  # the vocabulary starts with three special tokens, as those of text models do
+CONFIG = vsr.RefinerConfig(layers=1, heads=4, width=32, steps=150, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    transformers = pytest.importorskip("transformers")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sentences = data.Sentences(data.DataConfig(image_size=16), seed=0)
+    images = torch.cat([sentences("train", index, 64)[0] for index in range(8)])  # (512, 4, 3, 16, 16)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    tokenizer = diffusers.VQModel(
+        block_out_channels=[16, 16, 32], num_vq_embeddings=V, vq_embed_dim=8, latent_channels=8, norm_num_groups=8, **blocks
+    )
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
+    for _ in range(120):
+        batch = images.flatten(0, 1)[torch.randint(2048, (64,))]
+        rebuilt = tokenizer.decode(tokenizer.encode(batch).latents, force_not_quantize=True).sample
+        loss = F.mse_loss(rebuilt, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tokenizer.eval().requires_grad_(False)
+    latents = tokenizer.encode(images.flatten(0, 1)).latents  # (2048, 8, 4, 4)
+    vectors = latents.movedim(1, -1).flatten(0, 2)
+    tokenizer.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:V]])  # codes where the latents are
+    tokens = tokenizer.quantize(latents)[2][2].view(512, 4 * N)
+
+    config = transformers.LlamaConfig(
+        vocab_size=V + OFFSET, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=4 * N, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
+    for _ in range(150):
+        batch = tokens[torch.randint(512, (32,))] + OFFSET
+        loss = llama(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    llama.eval().requires_grad_(False)
+
+    def write(prompts):
+        out = llama.generate(
+            prompts + OFFSET, attention_mask=torch.ones_like(prompts), min_new_tokens=N, max_new_tokens=N, do_sample=False,
+            output_hidden_states=True, return_dict_in_generate=True, suppress_tokens=list(range(OFFSET)),
+        )  # fmt: skip
+        hidden = torch.cat([step[-1][:, -1:] for step in out.hidden_states], dim=1)  # (B, N, C): one state a new token
+        return vsr.Rollout(out.sequences[:, -N:] - OFFSET, hidden, None)
+
+    return write, tokens, tokenizer.quantize.embedding.weight, [*llama.parameters(), *tokenizer.parameters()]
+
+
+@pytest.mark.parametrize("inputs", ["tokens", "hidden"])
+def test_a_llama_over_the_codebook_of_another_library(elsewhere, inputs):
+    write, tokens, codebook, frozen = elsewhere
+    before = [p.clone() for p in frozen]
+    prompts, truth = tokens[:, :-N], tokens[:, -N:]
+    refiner, log = train_refiner.refiner_for(write, prompts[:448], truth[:448], codebook, GRID, inputs, CONFIG)
+    assert log["val_loss"][-1] < log["val_loss"][0]
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+    with torch.no_grad():
+        rollout = write(prompts[448:])
+    refined, _ = vsr.refine(refiner, codebook, rollout.tokens, hidden=rollout.hidden)
+    error = [vsr.cosine_error(y, truth[448:], codebook).mean().item() for y in (rollout.tokens, refined)]
+    assert error[0] > 0.02  # there is something to repair
+    assert error[1] < error[0]
+
+
+def toy_write(prompts):
+    return vsr.Rollout(prompts[:, -N:], None, None)
+
+
+@pytest.mark.parametrize(
+    ("truth", "grid", "codebook", "line"),
+    [
+        (torch.zeros(8, N + 1, dtype=torch.long), GRID, torch.randn(V, 8), "expected"),
+        (torch.zeros(8, N, dtype=torch.long), (4, 5), torch.randn(V, 8), "expected"),
+        (torch.full((8, N), V), GRID, torch.randn(V, 8), "offset of the vocabulary"),
+    ],
+    ids=["another N", "another grid", "an offset"],
+)
+def test_shapes_that_do_not_fit_are_named(truth, grid, codebook, line):
+    with pytest.raises(ValueError, match=line):
+        train_refiner.refiner_for(toy_write, torch.zeros(8, 3 * N, dtype=torch.long), truth, codebook, grid, "tokens", CONFIG)
