@@ -1108,7 +1108,7 @@ def read_cells(path: Path, config: dict) -> list:
         made_with, cells = content["config"], content["cells"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path}: not a result of study.py; move it away or give another --out") from None
-    difference = train_refiner.first_difference(made_with, config)
+    difference = data.first_difference(made_with, config)
     if difference:
         raise UserError(f"{path} was made with {difference}: give another --out, or move the file away to start again")
     return cells

@@ -1,6 +1,6 @@
 """The main job: train tokenizer, backbone and refiners on toy visual sentences, and show what refinement repaired.
 
-    python train_refiner.py                    # preset toy: about 10 minutes on 2 CPU cores
+    python train_refiner.py                    # preset toy: about 7 minutes on 2 CPU cores
 
 Five stages, each a function below, in the order of the method:
 
