@@ -178,7 +178,7 @@ def test_generation_is_what_reading_its_tokens_predicts(make):
 def test_rotary_attention_sees_distances_not_positions():
     """With the same tokens over and over, every position of a LLaMA without other marks sees the same past."""
     model = make_backbone(study.Llama)
-    turn = torch.polar(torch.ones(()), torch.arange(8.0)[:, None] * 10000 ** (-torch.arange(4) / 4))
+    turn = torch.polar(torch.ones(()), torch.arange(8.0)[:, None] * 10000 ** (-torch.arange(16) / 16))
     x = torch.randn(1, 8, 16)
     block = model.blocks[0]
     shifted = turn * turn[3]  # all positions 3 further on
