@@ -19,6 +19,7 @@ import argparse
 import colorsys
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -351,6 +353,93 @@ def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------
+# More than one process (`torchrun`); with one, each of these functions hands back what it was given
+# --------------------------------------------------------------------------------------------------
+
+
+def start_processes(device: torch.device) -> torch.device:
+    """Join the processes that `torchrun` has started, if it has; returns the device of this one.
+
+    All processes draw the same batches from the same seeds, each works on its rows of them (`own_rows`), and
+    DistributedDataParallel averages the gradients: the batch is the same for any number of processes. The first
+    process writes and prints. Raises UserError if there are more processes than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device.type}: more than one process needs CPU or CUDA devices")
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started process {local + 1} here, but there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_processes() -> bool:
+    """Part from the other processes, when all have come here; returns whether this is the first, which goes on alone."""
+    first = is_first()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return first
+
+
+def check_divides(batch_size: int, flag: str) -> None:
+    """Raise UserError if a batch cannot be divided equally among the processes."""
+    if dist.is_initialized() and batch_size % dist.get_world_size():
+        raise UserError(f"{flag} {batch_size}: not a multiple of the {dist.get_world_size()} processes")
+
+
+def own_rows(total: int) -> slice:
+    """The rows of a batch of `total` that this process works on."""
+    if not dist.is_initialized():
+        return slice(total)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return slice(rank * total // size, (rank + 1) * total // size)
+
+
+def all_rows(own: torch.Tensor, total: int) -> torch.Tensor:
+    """What all processes made of their `own_rows`, put together: (own, ...) -> (total, ...), the same on each."""
+    if not dist.is_initialized():
+        return own
+    rows = own.new_zeros(total, *own.shape[1:])
+    rows[own_rows(total)] = own
+    dist.all_reduce(rows)  # a sum, in which each row is not zero once
+    return rows
+
+
+def mean_of_all(own: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes, without a gradient: of losses to log, and wherever a whole batch's gradient is needed."""
+    if not dist.is_initialized():
+        return own.detach()
+    mean = own.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """The model to call in a training step: its gradients become the mean over all processes."""
+    return torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
+
+
+# --------------------------------------------------------------------------------------------------
 # The edges of the program: pixels, pictures, checkpoints, devices and flags, shared by every command
 # --------------------------------------------------------------------------------------------------
 
@@ -463,16 +552,19 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
         saved = load_checkpoint(path)
         if difference := first_difference(saved["config"], config):
             raise UserError(f"{path} was made with {difference}: give another --out, or remove the file to begin again")
-        for key, part in parts.items():
-            if isinstance(part, torch.Tensor):
-                part.copy_(saved["parts"][key])
-            elif isinstance(part, torch.Generator):
-                part.set_state(saved["parts"][key])
-            else:
-                part.load_state_dict(saved["parts"][key])
-        torch.set_rng_state(saved["random"])
-        log.update(saved["log"])
-        first = saved["step"]
+        try:
+            for key, part in parts.items():
+                if isinstance(part, torch.Tensor):
+                    part.copy_(saved["parts"][key])
+                elif isinstance(part, torch.Generator):
+                    part.set_state(saved["parts"][key])
+                else:
+                    part.load_state_dict(saved["parts"][key])
+            torch.set_rng_state(saved["random"])
+            log.update(saved["log"])
+            first = saved["step"]
+        except (KeyError, TypeError, ValueError, RuntimeError):  # of another version
+            raise UserError(f"{path}: not what this version of {name} keeps; remove the file to begin again") from None
         print(f"{name}: goes on at {unit} {first} of {steps}")
     began, earlier, interrupts = time.perf_counter(), log["earlier_seconds"], []
 
@@ -494,9 +586,10 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
         try:
             for step in range(first, steps):
                 yield step  # here the loop does its work
-                weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
-                if progress and (interrupts or step % every == every - 1) and all(p.isfinite().all() for p in weights):
-                    save(step + 1)
+                if progress and is_first() and (interrupts or step % every == every - 1):
+                    modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+                    if all(p.isfinite().all() for module in modules for p in module.parameters()):
+                        save(step + 1)
                 if interrupts:
                     raise KeyboardInterrupt(f"{name}: {unit} {step + 1} of {steps} is saved; the same command goes on from there")
         finally:

@@ -103,7 +103,7 @@ def train_backbone(
     model = make(config, codebook_size, N, num_images).to(device)
     optimizers = make_optimizers(model, config.learning_rate)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    step_model = torch.compile(model) if compile else model
+    step_model = torch.compile(data.parallel(model)) if compile else data.parallel(model)
     val = val[:128].flatten(1).long().to(device)
     log = {"step": [], "loss": [], "val_step": [], "val_loss": [], "val_target_loss": [], "val_target_accuracy": []}
 
@@ -113,7 +113,7 @@ def train_backbone(
     for step in bar:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
-        chosen = torch.randint(len(train), (config.batch_size,), generator=generator)
+        chosen = torch.randint(len(train), (config.batch_size,), generator=generator)[data.own_rows(config.batch_size)]
         tokens = train[chosen].flatten(1).long().to(device)  # (B, T)
         with autocast:
             logits = step_model(tokens)  # (B, T, V)
@@ -125,6 +125,7 @@ def train_backbone(
             optimizer.step()
 
         if step % 20 == 0 or step == config.steps - 1:
+            loss = data.mean_of_all(loss)
             data.check_finite(loss, "backbone", step, "--gpt-learning-rate", optimizers[0].param_groups[0]["lr"])
             log["step"].append(step)
             log["loss"].append(loss.item())
@@ -160,9 +161,11 @@ def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 25
     device = backbone.head.weight.device
     parts, log = tokens.split(batch), {"generated": []}
     for index in data.training_steps("rollouts", len(parts), log, {}, progress, every=10, unit="batch"):
-        prompt = parts[index][:, :-1].flatten(1).long().to(device)  # (B, P)
+        total = len(parts[index])
+        prompt = parts[index][data.own_rows(total), :-1].flatten(1).long().to(device)  # (B, P)
         with autocast:
-            log["generated"].append(backbone.generate(prompt, tokens.shape[2]).tokens.to("cpu", tokens.dtype))
+            generated = backbone.generate(prompt, tokens.shape[2]).tokens  # (B, N)
+        log["generated"].append(data.all_rows(generated, total).to("cpu", tokens.dtype))
     return torch.cat(log["generated"])
 
 
@@ -204,8 +207,9 @@ def train_refiner(
     hidden_dim = 0 if inputs == "tokens" else rollouts["train"].hidden.shape[-1]
     refiner = make(config, inputs, grid, codebook.shape[1], hidden_dim).to(device)
     optimizers = make_optimizers(refiner, config.learning_rate)
+    step_refiner = data.parallel(refiner)
 
-    def batch_loss(split, chosen):
+    def batch_loss(refiner, split, chosen):
         y, *states = [x[chosen].to(device) for x in rollouts[split][: 1 + vsr.INPUTS.index(inputs)]]  # (B, N), (B, N, C)
         with autocast:
             refined = refiner(codebook[y.long()], *states)  # (B, N, D)
@@ -218,7 +222,7 @@ def train_refiner(
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
         chosen = torch.randint(len(targets["train"]), (config.batch_size,), generator=generator)
-        loss = batch_loss("train", chosen)
+        loss = batch_loss(step_refiner, "train", chosen[data.own_rows(config.batch_size)])
         refiner.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
@@ -226,6 +230,7 @@ def train_refiner(
             optimizer.step()
 
         if step % 20 == 0 or step == config.steps - 1:
+            loss = data.mean_of_all(loss)
             data.check_finite(loss, "refiner", step, "--refiner-learning-rate", optimizers[0].param_groups[0]["lr"])
             log["step"].append(step)
             log["loss"].append(loss.item())
@@ -233,7 +238,7 @@ def train_refiner(
             refiner.eval()
             with torch.no_grad():
                 parts = torch.arange(len(targets["val"])).split(128)
-                total = sum(batch_loss("val", part).item() * len(part) for part in parts)
+                total = sum(batch_loss(refiner, "val", part).item() * len(part) for part in parts)
             refiner.train()
             log["val_step"].append(step)
             log["val_loss"].append(total / len(targets["val"]))
@@ -598,11 +603,12 @@ def reuse(path: Path, config: dict, stage: str, fresh: str | None) -> dict | Non
     If `fresh` is this stage, its checkpoint is removed, and with it all that was built on it: no later run, and no
     run that goes on after an interruption, can then put models together that were not trained together.
     """
-    if stage == fresh:
+    if stage == fresh and data.is_first():
         later = list(CHECKPOINTS.values())[list(CHECKPOINTS).index(stage) + 1 :]
         for name in (path.name, *later):
             for old in path.parent.glob(name.removesuffix(".pt") + ".*"):  # the .progress of an unfinished training too
                 old.unlink()
+    data.wait_for_all()
     if not path.is_file():
         return None
     checkpoint = data.load_checkpoint(path)
@@ -613,10 +619,18 @@ def reuse(path: Path, config: dict, stage: str, fresh: str | None) -> dict | Non
     return checkpoint
 
 
-def finish(path: Path, checkpoint: dict) -> None:
+def finish(path: Path, checkpoint: dict) -> dict:
     """Write the checkpoint of a finished stage; what was kept of the unfinished one is no longer needed."""
-    data.save_checkpoint(path, checkpoint)
-    path.with_suffix(".progress").unlink(missing_ok=True)
+    if data.is_first():
+        data.save_checkpoint(path, checkpoint)
+        path.with_suffix(".progress").unlink(missing_ok=True)
+    return checkpoint
+
+
+def trained_stage(path: Path, config: dict, model, log: dict, began: float) -> dict:
+    """`finish` for a training that began at `began` (of `time.perf_counter`): its weights, its log and its seconds."""
+    seconds = log["earlier_seconds"] + time.perf_counter() - began
+    return finish(path, {"config": config, "model": model.state_dict(), "log": log, "seconds": seconds})
 
 
 def describe(config: dict, inputs: list, device) -> dict:
@@ -693,9 +707,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     if checkpoint is None:
         progress = path.with_suffix(".progress"), stage_config
         model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, seed, progress)
-        took = log["earlier_seconds"] + time.perf_counter() - began
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": took}
-        finish(path, checkpoint)
+        checkpoint = trained_stage(path, stage_config, model, log, began)
     tokenizer = vqgan.build_tokenizer(checkpoint, device)
     codebook = tokenizer.codebook.vectors
     logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
@@ -714,9 +726,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
         model, log = train_backbone(
             config["gpt"], tokens["train"], tokens["val"], len(codebook), device, dtype, seed, compile, progress=progress
         )
-        took = log["earlier_seconds"] + time.perf_counter() - began
-        checkpoint = {"config": stage_config, "model": model.state_dict(), "log": log, "seconds": took}
-        finish(path, checkpoint)
+        checkpoint = trained_stage(path, stage_config, model, log, began)
     backbone = build_backbone(checkpoint, device)
     logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
 
@@ -753,9 +763,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
                 *(config["refiner"], name, codebook, tokenizer.grid, rollouts, targets, device, dtype, seed),
                 progress=(path.with_suffix(".progress"), refiner_config),
             )
-            took = log["earlier_seconds"] + time.perf_counter() - began
-            checkpoint = {"config": refiner_config, "model": model.state_dict(), "log": log, "seconds": took}
-            finish(path, checkpoint)
+            checkpoint = trained_stage(path, refiner_config, model, log, began)
         refiners[name] = build_refiner(checkpoint, device)
         logs[f"refiner_{name}"], seconds[f"refiner_{name}"] = checkpoint["log"], checkpoint["seconds"]
     return Trained(tokenizer, backbone, refiners, tokens, generated, logs, seconds)
@@ -763,7 +771,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
 
 def main():
     args = parse_arguments()
-    device = data.pick_device(args.device)
+    device = data.start_processes(data.pick_device(args.device))
     dtype = data.pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     config = {}
@@ -772,6 +780,8 @@ def main():
         config[name] = data.config_from_flags(args, config_class, prefix, PRESETS[args.preset].get(name))
     if config["refiner"].rollouts > config["data"].train_sentences:
         raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    for name in ("vqgan", "gpt", "refiner"):
+        data.check_divides(config[name].batch_size, f"--{name}-batch-size")
     params = describe(config, args.inputs, device)
     if args.dry_run:
         return
@@ -783,6 +793,8 @@ def main():
         data.check_writable(Path(args.weights).parent, "--weights")
     sentences = data.Sentences(config["data"], args.seed)
     trained = train_models(out, config, args.inputs, sentences, device, dtype, args.seed, args.fresh, args.compile)
+    if not data.end_processes():
+        return
     tokenizer, backbone, refiners, _, _, logs, seconds = trained
     run = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
 

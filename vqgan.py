@@ -224,7 +224,8 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
     """
     (g_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (g_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+    g_rec, g_adv = data.mean_of_all(g_rec), data.mean_of_all(g_adv)
+    return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0, 1e4)
 
 
 def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -316,6 +317,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
     discriminator = Discriminator().to(device, memory_format=torch.channels_last)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=5e-4, betas=(0.5, 0.9))
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    step_model, step_discriminator = data.parallel(model), data.parallel(discriminator)
     gan_from = round(config.gan_start * config.steps) if config.gan_weight > 0 else config.steps
     last_layer = model.decoder[-1].weight
     per_sentence = 2 * sentences.config.num_demos + 2
@@ -329,10 +331,11 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, config.steps, config.learning_rate)
         images, _ = sentences("train", step, -(-config.batch_size // per_sentence))
-        images = images.flatten(0, 1)[: config.batch_size].to(device, memory_format=torch.channels_last)
+        images = images.flatten(0, 1)[: config.batch_size][data.own_rows(config.batch_size)]
+        images = images.to(device, memory_format=torch.channels_last)
 
         with autocast:
-            rebuilt, tokens, z, codebook_loss, commitment_loss = model(images)
+            rebuilt, tokens, z, codebook_loss, commitment_loss = step_model(images)
         pixels, slopes = F.mse_loss(rebuilt, images), gradient_loss(rebuilt, images)
         reconstruction = pixels + config.gradient_weight * slopes
         loss = reconstruction + 0.1 * (codebook_loss + config.beta * commitment_loss)
@@ -347,19 +350,21 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
 
         if step >= gan_from:
             with autocast:
-                d_loss = discriminator_loss(discriminator, images, rebuilt)
+                d_loss = discriminator_loss(step_discriminator, images, rebuilt)
             d_optimizer.zero_grad(set_to_none=True)
             d_loss.backward()
             d_optimizer.step()
 
+        tokens = data.all_rows(tokens, config.batch_size)
         model.codebook.count_use(tokens)
         if step % config.revive_every == config.revive_every - 1 and step < 0.8 * config.steps:
             # Not in the last fifth: by then every revived code has had time to find its place.
-            model.codebook.revive(z.detach().flatten(0, 1), config.revive_every, generator)
+            z = data.all_rows(z.detach(), config.batch_size)
+            model.codebook.revive(z.flatten(0, 1), config.revive_every, generator)
         if step % 20 == 0 or step == config.steps - 1:
-            data.check_finite(loss, "tokenizer", step, "--vqgan-learning-rate", optimizer.param_groups[0]["lr"])
+            data.check_finite(data.mean_of_all(loss), "tokenizer", step, "--vqgan-learning-rate", optimizer.param_groups[0]["lr"])
             in_use = len(tokens.unique())
-            values = [x.item() for x in (pixels, slopes, commitment_loss, adversarial, d_loss)] + [in_use]
+            values = [data.mean_of_all(x).item() for x in (pixels, slopes, commitment_loss, adversarial, d_loss)] + [in_use]
             log["step"].append(step)
             for name, value in zip(names, values, strict=True):
                 log[name].append(value)

@@ -153,9 +153,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, grid: tuple[int, int] | None = None, head_width: int | None = None):
         super().__init__()
-        self.heads, inner = heads, heads * (head_width or width // heads)
-        self.qkv = nn.Linear(width, 3 * inner)
-        self.out = nn.Linear(inner, width)
+        self.heads, self.head_width = heads, head_width or width // heads
+        self.qkv = nn.Linear(width, 3 * heads * self.head_width)
+        self.out = nn.Linear(heads * self.head_width, width)
         self.relative = None if grid is None else RelativeBias(heads, grid)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         comes at once (start = 0), or one position (T = 1), which then sees all that the cache holds.
         """
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
         length = None
         if cache is not None:
             assert T == 1 or start == 0, "several positions at once only at the start of the sequence"
