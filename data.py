@@ -630,6 +630,21 @@ def keep_freed_memory() -> None:
     mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: what is larger than 64 MB, data and not temporary, is still given back
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process has held so far in GiB: of the GPU if it uses one, otherwise resident memory.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ... -> a device that is there. Raises UserError otherwise."""
     if name == "auto":

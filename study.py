@@ -20,10 +20,12 @@ for every method. `interval` gives 95 % bootstrap intervals over sentences; spre
     loss         cosine, MSE, cross-entropy, their sum; with and without the residual
     probe        one token forced wrong: how far does the damage run, how much is taken back
     generalize   a task, or a dataset, that the refiner has not seen
+    speed        every stage against a textbook, the machine's limits, and by N, K and batch
 """
 
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import math
@@ -58,6 +60,11 @@ class StudyConfig:
     steps: Annotated[int, "training steps of each refiner in `data`, `size`, `reading`, `loss` and `generalize`"] = 1000
     rollouts: Annotated[int, "rollouts of the other backbones in `backbones`"] = 8192
     probed: Annotated[int, "sentences in `probe`"] = 256
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise UserError(f"--study-{name.replace('_', '-')} {value}: expected a number above 0")
 
 
 class Lab(NamedTuple):
@@ -785,6 +792,210 @@ def run_generalize(lab: Lab, seed: int) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
+# 10. Speed
+# --------------------------------------------------------------------------------------------------
+
+
+def side_by_side(functions: dict, device, rounds: int = 5) -> dict:
+    """{name: function} -> {name: seconds of each round}. Every round calls them all, after one round to warm up."""
+    seconds = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def training_step(model, loss_function, optimizers: list):
+    """A step of a training on a batch that lies ready: the model's work, and nothing else of a training loop."""
+
+    def step():
+        loss = loss_function()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def backbone_step(lab: Lab, model, tokens: torch.Tensor, dtype):
+    """`training_step` of a backbone on sentences (B, T), with the optimizers of the pretraining."""
+    autocast = torch.autocast(lab.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def loss():
+        with autocast:
+            logits = model(tokens)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    return training_step(model, loss, train_refiner.make_optimizers(model, 1e-4))
+
+
+def textbook(gpt: vsr.GPT) -> nn.Module:
+    """The same backbone written as in a textbook: tests/textbook.py, which the tests hold against `vsr.GPT`."""
+    spec = importlib.util.spec_from_file_location("textbook", Path(__file__).parent / "tests" / "textbook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TextbookGPT(gpt).to(gpt.head.weight.device)
+
+
+def flops_per_token(model: vsr.GPT) -> float:
+    """Floating-point operations of a training step for each token, sentences whole: 6 a weight of a matrix product, and
+    the products of attention, 12 layers * H * d * T (Chowdhery et al., 2022, appendix B). The causal half counts as done."""
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    config = model.config
+    return 6 * weights + 12 * config.layers * config.heads * config.head_width * model.max_tokens
+
+
+def new_models(lab: Lab, image_size: int, num_demos: int):
+    """Untrained models, since speed does not depend on what the weights are. -> tokenizer, backbone, refiner, N, T"""
+    config = lab.config
+    tokenizer = vqgan.VQGAN(config["vqgan"], image_size).to(lab.device, memory_format=torch.channels_last)
+    N, images = tokenizer.tokens_per_image, 2 * num_demos + 2
+    backbone = vsr.GPT(config["gpt"], config["vqgan"].codebook_size, N, images).to(lab.device)
+    dims = config["vqgan"].code_dim, config["gpt"].width
+    refiner = Refiner(config["refiner"], "hidden", tokenizer.grid, *dims).to(lab.device)
+    return tokenizer, backbone, refiner, N, images * N
+
+
+def run_speed(lab: Lab, seed: int) -> dict:
+    """How fast every stage is, and against what: all seconds are lists, one entry a round."""
+    torch.manual_seed(seed)
+    config, device, size, K = lab.config, lab.device, lab.config["data"].image_size, lab.config["data"].num_demos
+    tokenizer, backbone, refiner, N, T = new_models(lab, size, K)
+    V, B, result = config["vqgan"].codebook_size, config["gpt"].batch_size, {}
+
+    # Training the backbone, against the textbook and against the products of large matrices
+    plain, tokens, steps = textbook(backbone), torch.randint(V, (B, T), device=device), {}
+    for dtype in dict.fromkeys((torch.float32, lab.dtype)):
+        name = str(dtype).removeprefix("torch.")
+        large = torch.randn(2048, 2048, device=device, dtype=dtype)
+        steps[f"ours, {name}"] = backbone_step(lab, backbone, tokens, dtype)
+        steps[f"textbook, {name}"] = backbone_step(lab, plain, tokens, dtype)
+        steps[f"product, {name}"] = lambda large=large: large @ large
+    result["training"] = side_by_side(steps, device)
+    result["training_flops"], result["product_flops"] = flops_per_token(backbone) * B * T, 2 * 2048**3
+    result["training_tokens"] = B * T
+
+    # Generation with and without a KV cache, and the refining pass after it. A decoding step has to read all weights and the
+    # cache: at the speed of a copy that is the least it can take.
+    codebook, block = tokenizer.codebook.vectors.detach(), torch.zeros(2**25, device=device)
+    copying = statistics.median(side_by_side({"copy": block.clone}, device)["copy"])  # reads and writes 128 MiB
+    read = {"weights": sum(p.numel() * p.element_size() for p in backbone.parameters())}
+    gpt = backbone.config
+    read["cache"] = 2 * gpt.layers * T * gpt.heads * gpt.head_width * lab.dtype.itemsize  # of one sentence
+    seconds_per_byte = copying / (2 * block.numel() * block.element_size())
+    result["reading"] = {name: size * seconds_per_byte for name, size in read.items()}
+    result["generation"], result["tokens_per_image"] = {}, N
+    for batch in (1, 16, 64, 256):
+        sentences = torch.randint(V, (batch, T), device=device)
+        with torch.no_grad(), lab.autocast:
+            rollout = backbone.read(sentences[:, :-N], sentences[:, -N:])
+            result["generation"][str(batch)] = side_by_side(
+                {
+                    "cached": lambda: backbone.generate(sentences[:, :-N], N),  # noqa: B023
+                    "refined": lambda: vsr.refine(refiner, codebook, rollout.tokens, hidden=rollout.hidden),  # noqa: B023
+                },
+                device,
+                rounds=3,
+            )
+            result["generation"][str(batch)]["uncached"] = [train_refiner.uncached_seconds(backbone, sentences, N, device)]
+
+    # The tokenizer and the refiner
+    images = torch.rand(config["vqgan"].batch_size, 3, size, size, device=device) * 2 - 1
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), lab.autocast:
+        codes = tokenizer.encode(images)
+        result["tokenizer"] = side_by_side(
+            {"encode": lambda: tokenizer.encode(images), "decode": lambda: tokenizer.decode(codes)}, device
+        )
+    result["tokenizer_images"] = len(images)
+
+    # The loops of the trainings as they are, against their models' work on a batch that lies ready
+    result["loops"] = loop_seconds(lab, seed, tokenizer, backbone, refiner, images, tokens)
+
+    # How it grows with the tokens of an image, and with the demonstrations
+    result["growth"] = []
+    for image_size, num_demos in ((size, 1), (2 * size, 1), (4 * size, 1), (size, 2), (size, 3)):
+        _, model, g, n, t = new_models(lab, image_size, num_demos)
+        batch = max(1, 16 * N // n)
+        sentences = torch.randint(V, (batch, t), device=device)
+        step = backbone_step(lab, model, sentences, lab.dtype)
+        with torch.no_grad(), lab.autocast:
+            rollout = model.read(sentences[:, :-n], sentences[:, -n:])
+
+        def generate(model=model, sentences=sentences, n=n):
+            with torch.no_grad(), lab.autocast:
+                model.generate(sentences[:, :-n], n)
+
+        def refine(g=g, rollout=rollout):
+            with lab.autocast:
+                vsr.refine(g, codebook, rollout.tokens, hidden=rollout.hidden)
+
+        seconds = side_by_side({"train": step, "generate": generate, "refine": refine}, device, rounds=3)
+        per_image = {name: [s / batch for s in values] for name, values in seconds.items()}
+        result["growth"].append({"tokens": n, "num_demos": num_demos, "seconds_per_image": per_image})
+    return result
+
+
+def loop_seconds(lab: Lab, seed: int, tokenizer, backbone, refiner, images, tokens) -> dict:
+    """{stage: {"loop", "model": seconds a step in each round}}: a real training loop, and `training_step` alone."""
+    config, device, steps = lab.config, lab.device, min(40, lab.config["study"].steps)
+    K, N = config["data"].num_demos, tokenizer.tokens_per_image
+    sentences, codebook = data.Sentences(config["data"], seed), tokenizer.codebook.vectors.detach()
+    train = tokens.view(len(tokens), 2 * K + 2, N).cpu().short()
+    hidden = torch.randn(len(train), N, config["gpt"].width).bfloat16()
+    rollout, few = Rollout(train[:, -1], hidden, hidden), Rollout(train[:1, -1], hidden[:1], hidden[:1])
+    rows = torch.randint(len(train), (config["refiner"].batch_size,))
+    y, states, truth = (x[rows].to(device) for x in (rollout.tokens.long(), hidden, train[:, -2].long()))
+
+    def tokenizer_loss():
+        with lab.autocast:
+            rebuilt, _, _, codebook_loss, commitment_loss = tokenizer(images)
+        loss = F.mse_loss(rebuilt, images) + vqgan.gradient_loss(rebuilt, images)
+        return loss + 0.1 * (codebook_loss + commitment_loss)
+
+    def refiner_loss():
+        with lab.autocast:
+            refined = refiner(codebook[y], states)
+        return vsr.cosine_loss(refined, codebook[truth])
+
+    bare = {
+        "tokenizer": training_step(tokenizer, tokenizer_loss, [torch.optim.AdamW(tokenizer.parameters(), lr=1e-4)]),
+        "backbone": backbone_step(lab, backbone, tokens, lab.dtype),
+        "refiner": training_step(refiner, refiner_loss, train_refiner.make_optimizers(refiner, 1e-4)),
+    }
+    short = {
+        name: replace(config[key], steps=steps)
+        for name, key in (("tokenizer", "vqgan"), ("backbone", "gpt"), ("refiner", "refiner"))
+    }
+    run = (device, lab.dtype, seed)
+    whole = {
+        "tokenizer": lambda: vqgan.train_tokenizer(short["tokenizer"], sentences, *run),
+        "backbone": lambda: train_refiner.train_backbone(short["backbone"], train, train[:1], len(codebook), *run),
+        "refiner": lambda: train_refiner.train_refiner(
+            *(short["refiner"], "hidden", codebook, tokenizer.grid, {"train": rollout, "val": few}),
+            *({"train": train[:, -2], "val": train[:1, -2]}, *run),
+        ),
+    }
+    result = {}
+    for name, loop in whole.items():
+
+        def model(name=name):
+            for _ in range(steps):
+                bare[name]()
+
+        seconds = side_by_side({"loop": loop, "model": model}, device, rounds=3)
+        result[name] = {key: [s / steps for s in values] for key, values in seconds.items()}
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------
 
@@ -1056,6 +1267,95 @@ def plot_generalize(figure_path, cells: list) -> None:
     data.write_whole(figure_path, figure.savefig)
 
 
+def rounds(cells: list, *keys) -> list:
+    """The seconds of all rounds of all cells at a place in their results."""
+    values = []
+    for cell in cells:
+        for key in keys:
+            cell = cell[key]
+        values += cell
+    return values
+
+
+def ratio(above: list, below: list) -> str:
+    """`1.23 (1.20 to 1.31)`: median and range of the ratios of two lists of seconds, round by round."""
+    values = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def show_speed(cells: list) -> str:
+    first, median = cells[0], statistics.median
+    lines = ["training the backbone, steps with optimizers; medians, and ranges over rounds that alternate"]
+    lines.append(f"{'':24}{'tokens/s':>12}{'of the product of 2048 x 2048':>32}{'against the textbook':>26}")
+    for name in first["training"]:
+        kind, dtype = name.split(", ")
+        if kind != "product":
+            seconds = rounds(cells, "training", name)
+            product = rounds(cells, "training", f"product, {dtype}")
+            reached = (
+                first["training_flops"] / first["product_flops"] * median(p / t for p, t in zip(product, seconds, strict=True))
+            )
+            row = f"{name:24}{first['training_tokens'] / median(seconds):12,.0f}{reached:32.0%}"
+            lines.append(row + f"{ratio(rounds(cells, 'training', f'textbook, {dtype}'), seconds):>26}")
+
+    N = first["tokens_per_image"]
+    reading = {name: median(cell["reading"][name] for cell in cells) for name in first["reading"]}
+    lines += ["", "generation", f"{'batch':>8}{'tokens/s':>12}{'without a cache':>17}{'ratio':>8}"]
+    lines[-1] += f"{'a step takes':>16}{'reading weights and cache':>27}{'refining pass':>24}"
+    for batch in first["generation"]:
+        cached, uncached, refined = (rounds(cells, "generation", batch, name) for name in ("cached", "uncached", "refined"))
+        row = f"{batch:>8}{int(batch) * N / median(cached):12,.0f}{int(batch) * N / median(uncached):17,.0f}"
+        row += f"{median(uncached) / median(cached):8.1f}{1e3 * median(cached) / N:13.2f} ms"
+        row += f"{1e3 * (reading['weights'] + int(batch) * reading['cache']):24.2f} ms"
+        shares = [a / b for a, b in zip(refined, cached, strict=True)]
+        lines.append(f"{row}{median(shares):9.1%} ({min(shares):.1%} to {max(shares):.1%})")
+
+    images = {name: first["tokenizer_images"] / median(rounds(cells, "tokenizer", name)) for name in ("encode", "decode")}
+    lines += ["", f"tokenizer: {images['encode']:,.0f} images/s encoded, {images['decode']:,.0f} images/s decoded"]
+    refined = median(rounds(cells, "generation", "64", "refined"))
+    lines.append(f"refiner:   {64 / refined:,.0f} images/s at batch 64")
+
+    lines += ["", f"{'training loop':16}{'ms a step':>12}{'the model alone':>17}{'loop / model':>26}"]
+    for name, parts in first["loops"].items():
+        loop, model = (rounds(cells, "loops", name, part) for part in parts)
+        lines.append(f"{name:16}{1e3 * median(loop):12.1f}{1e3 * median(model):17.1f}{ratio(loop, model):>26}")
+
+    lines += ["", f"{'ms per image':>14}{'K':>4}" + "".join(f"{name:>12}" for name in ("train", "generate", "refine"))]
+    for i, row in enumerate(first["growth"]):
+        times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_image", name)) for name in row["seconds_per_image"]]
+        lines.append(f"{'N = ' + str(row['tokens']):>14}{row['num_demos']:4}" + "".join(f"{t:12.2f}" for t in times))
+    return "\n".join(lines)
+
+
+def plot_speed(figure_path, cells: list) -> None:
+    figure, axes = new_figure(4, 3.6, 3.6)
+    first, median, colours = cells[0], statistics.median, ("#8d99ae", "#d1495b", "#1d4e9e")
+    names = [name for name in first["training"] if not name.startswith("product")]
+    speeds = [[first["training_tokens"] / s for s in rounds(cells, "training", name)] for name in names]
+    bars(axes[0], names, speeds, ["#66a5e0" if name.startswith("ours") else "#b8b8b8" for name in names])
+    axes[0].set(xlabel="tokens/s", title="training the backbone")
+
+    batches = [int(batch) for batch in first["generation"]]
+    for name, colour in (("uncached", "#8d99ae"), ("cached", "#d1495b"), ("refined", "#1d4e9e")):
+        times = [1e3 * median(rounds(cells, "generation", str(b), name)) / b for b in batches]
+        label = {"uncached": "generate, no cache", "cached": "generate", "refined": "refine"}[name]
+        axes[1].loglog(batches, times, "o-", color=colour, label=label)
+    axes[1].set(xlabel="batch", ylabel="ms per image", title="by batch", xticks=batches, xticklabels=batches)
+
+    for axis, key, title in ((axes[2], "tokens", "by tokens of an image"), (axes[3], "num_demos", "by demonstrations")):
+        other, value = ("num_demos", 1) if key == "tokens" else ("tokens", first["tokens_per_image"])
+        chosen = [i for i, row in enumerate(first["growth"]) if row[other] == value]
+        x = [first["growth"][i][key] for i in chosen]
+        for name, colour in zip(("train", "generate", "refine"), colours, strict=True):
+            times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_image", name)) for i in chosen]
+            axis.loglog(x, times, "o-", color=colour, label="train (a sentence)" if name == "train" else name)
+        axis.set(xlabel={"tokens": "N", "num_demos": "K"}[key], title=title, xticks=x, xticklabels=x)
+    for axis in axes[1:]:
+        axis.minorticks_off()
+        axis.legend(fontsize=7, frameon=False)
+    data.write_whole(figure_path, figure.savefig)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------
@@ -1084,6 +1384,7 @@ STUDIES = {
     "loss": Study(run_loss, [{}], show_settings, plot_bars, 7),
     "probe": Study(run_probe, [{}], show_probe, plot_probe, 1),
     "generalize": Study(run_generalize, [{}], show_generalize, plot_generalize, 6),
+    "speed": Study(run_speed, [{}], show_speed, plot_speed, 5),
 }
 SMOKE = {
     "lora_rank": 2, "lora_steps": 4, "longer_steps": 4, "samples": 2, "steps": 8, "rollouts": 64, "probed": 16,

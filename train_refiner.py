@@ -377,11 +377,24 @@ def seconds_of(function, device, repeats: int = 5) -> float:
 
 
 @torch.no_grad()
+def uncached_seconds(backbone: GPT, sentences: torch.Tensor, N: int, device) -> float:
+    """Seconds that a loop without a KV cache takes to write the last N tokens of sentences (B, T), all of them given.
+
+    Of its N steps every eighth is timed, and stands for the others.
+    """
+    seconds, timed = 0.0, range(0, N, 8)
+    for t in timed:
+        inputs = backbone.shifted(sentences[:, : sentences.shape[1] - N + t + 1])  # (B, P+t+1)
+        seconds += seconds_of(lambda: backbone.logits(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
+    return seconds * N / len(timed)
+
+
+@torch.no_grad()
 def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: torch.Tensor, autocast) -> dict:
     """How fast generation and refinement are, on one batch of at most 64 sentences (S, 2K+2, N).
 
-    `cached_speedup` compares `generate` with a loop that has no KV cache. Of that loop's N steps every eighth
-    is timed and stands for its share. `refine_share_of_generation_time` is for the slowest refiner.
+    `cached_speedup` compares `generate` with a loop that has no KV cache. `refine_share_of_generation_time` is for the
+    slowest refiner.
     """
     device = backbone.head.weight.device
     codebook = tokenizer.codebook.vectors
@@ -390,10 +403,7 @@ def measure_throughput(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens: 
     with autocast:
         rollout = backbone.generate(prompt, N)
         cached = seconds_of(lambda: backbone.generate(prompt, N), device)
-        uncached, timed = 0.0, range(0, N, 8)
-        for t in timed:
-            inputs = backbone.shifted(torch.cat([prompt, rollout.tokens[:, : t + 1]], dim=1))  # (B, P+t+1)
-            uncached += N / len(timed) * seconds_of(lambda: backbone.logits(backbone.states(inputs)[:, -1]).argmax(-1), device, 1)  # noqa: B023
+        uncached = uncached_seconds(backbone, torch.cat([prompt, rollout.tokens], dim=1), N, device)
         states = {"hidden": rollout.hidden, "context": rollout.context}
         refining = {n: seconds_of(lambda: vsr.refine(r, codebook, rollout.tokens, **states), device) for n, r in refiners.items()}  # noqa: B023
     slowest = max(refining.values())
@@ -822,6 +832,7 @@ def main():
         "methods": scores,
         "gap_closed": closed,
         "throughput": {"gpt_train_tokens_per_s": log["tokens_per_s"], **throughput},
+        "peak_memory_gib": data.peak_memory(device),
     }
     data.save_json(out / "metrics.json", metrics)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import generate
+import study
 import train_refiner
 import vqgan
 import vsr
@@ -107,6 +108,7 @@ def test_smoke_run_measures_everything(smoke):
     assert 1 <= metrics["tokenizer"]["perplexity"] <= metrics["tokenizer"]["codes_used"]
     for name in ("generate_tokens_per_s", "cached_speedup", "refine_images_per_s", "refine_share_of_generation_time"):
         assert metrics["throughput"][name] > 0
+    assert 0.1 < metrics["peak_memory_gib"] < 8
     assert metrics["gap_closed"].keys() == {"expected_embedding", "refined_tokens", "refined_hidden"}
     assert metrics["methods"].keys() == METHODS
     for scores in metrics["methods"].values():
@@ -344,6 +346,20 @@ MISTAKES = {
     ],
     vqgan: [("--vqgan-codebook-size 0", "--vqgan-codebook-size 0"), ("--out {tmp}/file/below", "--out")],
     data: [("--data pictures", "--data pictures"), ("--image-size 20", "--image-size 20")],
+    study: [
+        ("pictures", "pictures"),
+        ("", "STUDY"),
+        ("main --seeds 0", "--seeds 0"),
+        ("main --seeds several", "--seeds"),
+        ("main --study-samples 0", "--study-samples 0"),
+        ("main --study-lora-learning-rate -1", "--study-lora-learning-rate -1"),
+        ("main --gpt-steps 0", "--gpt-steps 0"),
+        ("main --preset paper", "--preset"),
+        ("main --device abacus", "--device abacus"),
+        ("main --out {tmp}/file/below", "--out"),
+        ("main --work {tmp}/file/below", "--work"),
+        ("positions --out {tmp}/results", "positions"),
+    ],
     generate: [
         ("--run {tmp}/nowhere", "nowhere"),
         ("--run {tmp}", "tokenizer.pt"),
@@ -374,7 +390,7 @@ def test_a_mistake_gets_one_line_and_exit_status_2(smoke, command, tmp_path, pho
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder, and not a picture")
     given = flags.format(tmp=tmp_path, run=smoke.out).split()
-    defaults = ["--preset", "smoke"] if module is train_refiner and "--preset" not in given else []
+    defaults = ["--preset", "smoke"] if module in (train_refiner, study) and "--preset" not in given else []
     result = command(module, *defaults, *given)
     assert result.status == 2
     assert len(result.err) == 1

@@ -71,6 +71,18 @@ def test_two_processes_follow_one(tmp_path):
     assert one["tokenizer generator"][-1] != 0
 
 
+def test_two_threads_follow_one():
+    one, threads = train_all(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = train_all()
+    finally:
+        torch.set_num_threads(threads)
+    for name, values in one.items():
+        a, b = torch.as_tensor(two[name]).double(), torch.as_tensor(values).double()
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3), (name, a, b)
+
+
 def wait_for(path, run):
     while not path.is_file():
         assert run.poll() is None, run.communicate()

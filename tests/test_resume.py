@@ -104,6 +104,13 @@ def test_progress_of_another_configuration_is_refused(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_progress_that_lacks_something_is_named(tmp_path):
+    path = tmp_path / "trial.progress"
+    data.save_checkpoint(path, {"config": {}, "step": 10, "parts": {}})
+    with pytest.raises(data.UserError, match=r"trial\.progress: not what this version"):
+        train((path, {}))
+
+
 def start(out, *flags, **options):
     command = [sys.executable, ROOT / "train_refiner.py", "--out", out, *SHORT, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from textbook import TextbookGPT
 
 import data
 import vsr
@@ -65,6 +66,17 @@ def test_attention_is_the_softmax_of_its_docstring(dtype, queries, causal, lengt
     result = vsr.attend(q.to(dtype), k.to(dtype), v.to(dtype), causal, length)
     assert result.dtype == dtype
     assert torch.allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.04)
+
+
+def test_the_backbone_equals_the_textbook_and_so_do_its_gradients(gpt, prompt):
+    plain, weights = TextbookGPT(gpt), torch.randn(3, prompt.shape[1], V)
+    for model in (gpt, plain):
+        (model(prompt) * weights).sum().backward()
+    assert torch.allclose(gpt(prompt), plain(prompt), atol=1e-5)
+    for name in ("token_embedding", "place_embedding", "image_embedding", "norm", "head"):
+        assert torch.allclose(getattr(gpt, name).weight.grad, getattr(plain, name).weight.grad, rtol=1e-4, atol=1e-4)
+    heads = [getattr(head, part).weight.grad for part in ("query", "key", "value") for head in plain.blocks[0].heads]
+    assert torch.allclose(gpt.blocks[0].attention.qkv.weight.grad, torch.cat(heads), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
