@@ -1002,9 +1002,9 @@ def loop_seconds(lab: Lab, seed: int, tokenizer, backbone, refiner, images, toke
 
 def gap_table(cells: list, methods, title: str) -> str:
     """Gap closed by each method, over all and by task, mean ± standard deviation over the cells."""
-    lines = [f"gap closed, {title}, mean ± sd over {len(cells)} seeds", f"{'':26}" + "".join(f"{n:>16}" for n in ("all", *TASKS))]
+    lines = [f"gap closed, {title}, mean ± sd over {len(cells)} seeds", f"{'':26}" + "".join(f"{n:>18}" for n in ("all", *TASKS))]
     for method in methods:
-        row = "".join(f"{mean_sd([gap_of(cell, method, name) for cell in cells]):>16}" for name in ("all", *TASKS))
+        row = "".join(f"{mean_sd([gap_of(cell, method, name) for cell in cells]):>18}" for name in ("all", *TASKS))
         lines.append(f"{method:26}{row}")
     return "\n".join(lines)
 
@@ -1352,6 +1352,7 @@ def plot_speed(figure_path, cells: list) -> None:
         axis.set(xlabel={"tokens": "N", "num_demos": "K"}[key], title=title, xticks=x, xticklabels=x)
     for axis in axes[1:]:
         axis.minorticks_off()
+        axis.margins(y=0.25)
         axis.legend(fontsize=7, frameon=False)
     data.write_whole(figure_path, figure.savefig)
 
