@@ -29,6 +29,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -72,6 +73,7 @@ class Lab(NamedTuple):
 
     config: dict  # {"data", "vqgan", "gpt", "refiner", "study": a config dataclass}
     work: Path
+    unfinished: Path  # folder for what the present cell has trained so far
     device: torch.device
     dtype: torch.dtype
 
@@ -126,16 +128,19 @@ def states_of(lab: Lab, bench: Bench) -> tuple[dict, dict]:
     return rollouts, {s: tokens[s][:, -1] for s in tokens}
 
 
-def fit(lab: Lab, bench: Bench, rollouts, targets, seed: int, inputs="hidden", **options):
-    """Train one more refiner; options change its configuration, or name its class or its loss. -> refiner, log, seconds"""
-    extra = {name: options.pop(name) for name in ("loss_function", "make") if name in options}
-    began = time.perf_counter()
+def fit(lab: Lab, bench: Bench, name: str, rollouts, targets, seed: int, inputs="hidden", **options):
+    """Train one more refiner; options change its configuration, or name its class or its loss. -> refiner, log, seconds
+
+    name: of the setting, another one for each refiner of a cell. An interrupted training goes on where it was.
+    """
+    extra = {key: options.pop(key) for key in ("loss_function", "make") if key in options}
+    config, began = replace(lab.config["refiner"], **options), time.perf_counter()
     refiner, log = train_refiner.train_refiner(
-        replace(lab.config["refiner"], **options),
-        *(inputs, bench.codebook, bench.grid, rollouts, targets, lab.device, lab.dtype, seed),
+        *(config, inputs, bench.codebook, bench.grid, rollouts, targets, lab.device, lab.dtype, seed),
         **extra,
+        progress=(lab.unfinished / f"{name}.progress", {"refiner": asdict(config), "inputs": inputs}),
     )
-    return refiner, log, time.perf_counter() - began
+    return refiner, log, log["earlier_seconds"] + time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -185,11 +190,14 @@ def mean_sd(values: list, digits: int = 3) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def tune_backbone(lab: Lab, backbone, tokens: dict, optimizers: list, steps: int, rate: float, seed: int, target_only: bool):
+def tune_backbone(
+    lab: Lab, name: str, backbone, tokens: dict, optimizers: list, steps: int, rate: float, seed: int, target_only: bool
+):
     """Continue training a copy of the backbone, or its adapters, with teacher-forced cross-entropy.
 
-    optimizers: of what is trained. target_only: the loss is on the last image, the one that is generated, alone;
-    otherwise on whole sentences, as in pretraining. -> validation loss on the last image, seconds
+    name: of the setting; an interrupted training goes on where it was. optimizers: of what is trained. target_only: the
+    loss is on the last image, the one that is generated, alone; otherwise on whole sentences, as in pretraining.
+    Returns the validation loss on the last image, and seconds.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -197,8 +205,10 @@ def tune_backbone(lab: Lab, backbone, tokens: dict, optimizers: list, steps: int
     began, N = time.perf_counter(), tokens["train"].shape[-1]
     batch_size = lab.config["gpt"].batch_size
 
+    parts = {"model": backbone, "generator": generator, **{f"optimizer {i}": part for i, part in enumerate(optimizers)}}
+    log, progress = {}, (lab.unfinished / f"{name}.progress", {"steps": steps, "rate": rate, "target_only": target_only})
     backbone.train()
-    for step in tqdm(range(steps), desc="tune backbone", unit="step", mininterval=1, leave=None):
+    for step in data.training_steps(name, steps, log, parts, progress):
         for group in groups:
             group["lr"] = vqgan.scheduled_rate(step, steps, rate)
         chosen = torch.randint(len(tokens["train"]), (batch_size,), generator=generator)
@@ -208,7 +218,7 @@ def tune_backbone(lab: Lab, backbone, tokens: dict, optimizers: list, steps: int
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-    seconds = time.perf_counter() - began
+    seconds = log["earlier_seconds"] + time.perf_counter() - began
     return target_loss(lab, backbone.eval(), tokens["val"]), seconds
 
 
@@ -235,7 +245,8 @@ def lora(lab: Lab, bench: Bench, seed: int, target_only: bool = False, **changes
     adapters = vsr.add_lora(backbone, config.lora_rank)
     steps, rate = config.lora_steps, config.lora_learning_rate
     optimizers = [torch.optim.AdamW(adapters, betas=(0.9, 0.98), weight_decay=0.0)]
-    val_loss, seconds = tune_backbone(lab, backbone, bench.trained.tokens, optimizers, steps, rate, seed, target_only)
+    name = f"lora, rank {config.lora_rank}, rate {rate:g}, {'last image' if target_only else 'whole sentences'}"
+    val_loss, seconds = tune_backbone(lab, name, backbone, bench.trained.tokens, optimizers, steps, rate, seed, target_only)
     vsr.merge_lora(backbone)
     return backbone, sum(p.numel() for p in adapters), val_loss, seconds
 
@@ -258,7 +269,8 @@ def longer_backbone(lab: Lab, bench: Bench, seed: int):
     steps, rate = lab.config["study"].longer_steps, lab.config["gpt"].learning_rate
     backbone = copy.deepcopy(bench.trained.backbone).requires_grad_(True)
     optimizers = train_refiner.make_optimizers(backbone, rate)
-    val_loss, seconds = tune_backbone(lab, backbone, bench.trained.tokens, optimizers, steps, rate, seed, False)
+    tokens = bench.trained.tokens
+    val_loss, seconds = tune_backbone(lab, "longer_backbone", backbone, tokens, optimizers, steps, rate, seed, False)
     return backbone.requires_grad_(False), count(backbone), val_loss, seconds
 
 
@@ -314,11 +326,11 @@ def run_main(lab: Lab, seed: int) -> dict:
 
     # The same refiner with each position alone; and with the targets of other sentences
     for method, inputs in (("no_attention", "hidden"), ("no_attention_tokens", "tokens")):
-        refiner, _, seconds = fit(lab, b, rollouts, targets, seed, inputs, attention=False)
+        refiner, _, seconds = fit(lab, b, method, rollouts, targets, seed, inputs, attention=False)
         written[method] = refine_all(lab, b, refiner, rollout)
         cost[method] = {"params": count(refiner), "seconds": seconds}
     strangers = {split: y.roll(1, 0) for split, y in targets.items()}
-    refiner, _, seconds = fit(lab, b, rollouts, strangers, seed)
+    refiner, _, seconds = fit(lab, b, "shuffled", rollouts, strangers, seed)
     written["shuffled"] = refine_all(lab, b, refiner, rollout)
     cost["shuffled"] = {"params": count(refiner), "seconds": seconds}
     del rollouts
@@ -387,8 +399,7 @@ def show_main(cells: list) -> tuple[str, dict]:
     for method in MAIN_ROWS[4:]:
         row = f"{method:36}"
         for name in ("all", *TASKS):
-            gains = [c["scores"][method][name]["psnr"] - c["scores"]["ar_greedy"][name]["psnr"] for c in cells]
-            row += f"{mean_sd(gains, 2):>27}"
+            row += f"{mean_sd([psnr_gain(cell, method, name) for cell in cells], 2):>27}"
         lines.append(row)
 
     lines += ["", f"{'cosine error, a - b (95 % interval)':36}" + "".join(f"{name:>27}" for name in ("all", *TASKS))]
@@ -415,6 +426,11 @@ def show_main(cells: list) -> tuple[str, dict]:
 def gap_of(cell: dict, method: str, name: str) -> float:
     """`gap_closed` of a method in a cell."""
     return train_refiner.gap_of(cell["scores"], method, name)
+
+
+def psnr_gain(cell: dict, method: str, name: str) -> float:
+    """By how many dB the images of a method are better than those of greedy decoding, in a cell."""
+    return cell["scores"][method][name]["psnr"] - cell["scores"]["ar_greedy"][name]["psnr"]
 
 
 def attention_share(cell: dict, method: str, control: str) -> float:
@@ -586,14 +602,17 @@ def run_backbones(lab: Lab, seed: int, backbone: str) -> dict:
         model, generated = b.trained.backbone, {split: b.trained.generated[split][: len(tokens[split])] for split in tokens}
     else:
         config, sentences = replace(lab.config["gpt"], **changes), b.trained.tokens
+        progress = lab.unfinished / "backbone.progress", {"gpt": asdict(config)}
         model, _ = train_refiner.train_backbone(
-            config, sentences["train"], sentences["val"], len(b.codebook), lab.device, lab.dtype, seed, make=make
+            *(config, sentences["train"], sentences["val"], len(b.codebook), lab.device, lab.dtype, seed),
+            make=make,
+            progress=progress,
         )
         batch = lab.config["refiner"].rollout_batch
         generated = {split: train_refiner.make_rollouts(model, part, lab.autocast, batch) for split, part in tokens.items()}
     b = b._replace(trained=b.trained._replace(backbone=model, tokens=tokens, generated=generated))
     rollouts, targets = states_of(lab, b)
-    refiner, _, _ = fit(lab, b, rollouts, targets, seed)
+    refiner, _, _ = fit(lab, b, "refiner", rollouts, targets, seed)
     result = quick_scores(lab, b, {"refined_hidden": refiner}, seed)
     return {**result, "backbone_params": count(b.trained.backbone), "refiner_params": count(refiner)}
 
@@ -615,7 +634,7 @@ def fit_each(lab: Lab, seed: int, settings: dict, cut=None) -> dict:
         n = (cut or {}).get(name, len(targets["train"]))
         few = {**rollouts, "train": Rollout(*[x[:n] for x in rollouts["train"]])}
         options = {"steps": lab.config["study"].steps, **options}
-        refiner, log, seconds = fit(lab, b, few, {**targets, "train": targets["train"][:n]}, seed, **options)
+        refiner, log, seconds = fit(lab, b, name, few, {**targets, "train": targets["train"][:n]}, seed, **options)
         refiners[name] = refiner
         cost[name] = {
             "params": count(refiner),
@@ -714,7 +733,12 @@ def run_passes(lab: Lab, seed: int) -> dict:
 
 
 def show_passes(cells: list) -> str:
-    return gap_table(cells, [f"pass {number}" for number in range(1, 5)], "after each pass")
+    names = [f"pass {number}" for number in range(1, 5)]
+    lines = [gap_table(cells, names, "after each pass"), "", "dB gained over ar_greedy"]
+    for method in names:
+        gains = [[psnr_gain(cell, method, name) for cell in cells] for name in ("all", *TASKS)]
+        lines.append(f"{method:26}" + "".join(f"{mean_sd(gain, 2):>18}" for gain in gains))
+    return "\n".join(lines)
 
 
 def plot_passes(figure_path, cells: list) -> None:
@@ -783,8 +807,8 @@ def run_generalize(lab: Lab, seed: int) -> dict:
     for name in ("none", *TASKS):
         rows = torch.arange(len(task)) if name == "none" else (task != TASKS.index(name)).nonzero().flatten()
         seen = {**rollouts, "train": Rollout(*[x[rows] for x in rollouts["train"]])}
-        refiner, _, _ = fit(lab, b, seen, {**targets, "train": targets["train"][rows]}, seed, steps=steps)
-        refiners[f"without {name}"] = refiner
+        name = f"without {name}"
+        refiners[name], _, _ = fit(lab, b, name, seen, {**targets, "train": targets["train"][rows]}, seed, steps=steps)
     result = quick_scores(lab, b, refiners, seed)
     other = "glyphs" if lab.config["data"].data == "shapes" else "shapes"
     b = bench(lab, seed, test_data=replace(lab.config["data"], data=other))
@@ -1438,7 +1462,7 @@ def main():
     }
     device = data.pick_device(args.device)
     dtype = data.pick_dtype(args.dtype, device)
-    lab = Lab(config, Path(args.work), device, dtype)
+    lab = Lab(config, Path(args.work), Path(args.work), device, dtype)
     out = Path(args.out)
     data.check_writable(out)
     data.check_writable(args.work, "--work")
@@ -1455,10 +1479,12 @@ def main():
     bar = tqdm(total=sum(STUDIES[name].minutes for name, _ in todo), unit="min", desc="study", bar_format=BAR)
     for name, cell in todo:
         bar.set_postfix_str(f"{name} {cell}", refresh=True)
+        lab = lab._replace(unfinished=lab.work / "-".join(["unfinished", name, *map(str, cell.values())]))
         with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
             result = STUDIES[name].run(lab, **cell)
         cells = read_cells(out / f"{name}.json", made_with)
         save(out, name, made_with, [*cells, {"cell": cell, **rounded(result)}])
+        shutil.rmtree(lab.unfinished, ignore_errors=True)
         bar.update(STUDIES[name].minutes)
     bar.close()
     for name in chosen:

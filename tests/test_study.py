@@ -2,6 +2,10 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +77,36 @@ def test_an_interrupted_study_goes_on_with_the_missing_cells(finished, command, 
     assert result_of(out, "probe")["cells"] == whole["cells"], "and the same seed gives the same numbers"
     command(study, "probe", *flags, "--out", out)
     assert len(ran) == 1, "nothing is left to do"
+
+
+def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, tmp_path):
+    """Killed in the fourth of the five refiners of a cell of `loss`: nothing of the first three is trained again."""
+    flags = [*TINY, "--seeds", "1", "--study-steps", "100", "--out", tmp_path / "results"]
+
+    def start(work):
+        command = [sys.executable, Path(study.__file__), "loss", *flags, "--work", work]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    run = start(tmp_path / "killed")
+    kept = tmp_path / "killed" / "unfinished-loss-0"
+    while run.poll() is None and not (kept / "cross-entropy.progress").is_file():
+        time.sleep(0.02)
+    assert run.poll() is None, run.communicate()
+    run.kill()
+    run.communicate()
+    before = {path.name: path.read_bytes() for path in kept.iterdir() if path.suffix == ".progress"}
+    assert before.keys() == {"cosine.progress", "squared error.progress", "cross-entropy.progress"}
+    run = start(tmp_path / "killed")
+    while run.poll() is None and not (kept / "cosine + cross-entropy.progress").is_file():
+        time.sleep(0.02)
+    assert all((kept / name).read_bytes() == before[name] for name in before)
+    assert run.wait() == 0
+    (resumed,) = result_of(tmp_path / "results", "loss")["cells"]
+    (tmp_path / "results" / "loss.json").unlink()
+    assert start(tmp_path / "whole").wait() == 0
+    (whole,) = result_of(tmp_path / "results", "loss")["cells"]
+    assert resumed["by_sentence"] == whole["by_sentence"]
+    assert not list(tmp_path.glob("*/unfinished-*"))
 
 
 def test_results_of_another_configuration_are_refused(finished, command):
@@ -210,7 +244,7 @@ def tiny_bench(tmp_path):
         "refiner": vsr.RefinerConfig(layers=1, heads=2, width=16, rollouts=64, steps=3),
         "study": study.StudyConfig(**study.SMOKE),
     }
-    lab = study.Lab(config, tmp_path, torch.device("cpu"), torch.float32)
+    lab = study.Lab(config, tmp_path, tmp_path, torch.device("cpu"), torch.float32)
     return lab, study.bench(lab, 0)
 
 
