@@ -1259,7 +1259,8 @@ def plot_probe(figure_path, cells: list) -> None:
             color=colour,
             label=name,
         )
-        axes[1].plot([statistics.fmean(v) for v in zip(*(b[1] for b in both), strict=True)], color=colour, label=name)
+        by_distance = [statistics.fmean(v) for v in zip(*(b[1] for b in both), strict=True)]
+        axes[1].plot(range(1, len(by_distance) + 1), by_distance, color=colour, label=name)
     axes[0].set(xlabel="position t of the wrong token", ylabel="growth of the error, summed", ylim=(0, None))
     axes[1].set(xlabel="tokens after the wrong one", ylabel="growth of the error")
     axes[0].legend(fontsize=8, frameon=False)
