@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -364,21 +365,31 @@ def start_processes(device: torch.device) -> torch.device:
     DistributedDataParallel averages the gradients: the batch is the same for any number of processes. The first
     process writes and prints. Raises UserError if there are more processes than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not dist.is_torchelastic_launched():
         return device
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device.type}: more than one process needs CPU or CUDA devices")
+    if device.index is not None:
+        raise UserError(f"--device {device}: with torchrun each process takes a GPU of its own; say --device cuda")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(f"torchrun started process {local + 1} here, but there are {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     return device
+
+
+def check_one_process() -> None:
+    """Raise UserError if `torchrun` has started a command that does not divide its work."""
+    if dist.is_torchelastic_launched():
+        raise UserError("torchrun: only train_refiner.py works in more than one process; start this command without it")
 
 
 def is_first() -> bool:
@@ -542,8 +553,9 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     progress: None, or (file, configuration). After every `every` steps the file gets all that the loop changes: `parts`
     ({name: module, optimizer, generator or tensor}), the log and torch's own random state. If the file is there at the
     start, all of it is put back and its steps are left out. So at most `every` steps are lost, and the weights at the
-    end are those of a training that was not interrupted. The first Ctrl-C lets the step end, saves, and then raises
-    KeyboardInterrupt. `log["earlier_seconds"]` is what earlier attempts took.
+    end are those of a training that was not interrupted (with dropout, on a CPU only: a GPU's random state is not kept).
+    The first Ctrl-C lets the step end, saves, and then raises KeyboardInterrupt. `log["earlier_seconds"]` is what earlier
+    attempts took.
     Raises UserError if the file was made with another configuration.
     """
     log["earlier_seconds"], first = 0.0, 0
@@ -590,7 +602,7 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
                     modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
                     if all(p.isfinite().all() for module in modules for p in module.parameters()):
                         save(step + 1)
-                if interrupts:
+                if interrupts and is_first():  # the others end when it is gone; one that left earlier would keep it from saving
                     raise KeyboardInterrupt(f"{name}: {unit} {step + 1} of {steps} is saved; the same command goes on from there")
         finally:
             if listens:
@@ -631,18 +643,21 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most memory that this process has held so far in GiB: of the GPU if it uses one, otherwise resident memory.
+    """The most memory that this process has used so far in GiB: by tensors on a CUDA device, otherwise resident memory.
 
     None where the system does not tell (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:  # Linux: `resource` would tell the memory of the process that started this one, if that was larger
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    except (OSError, TypeError):
+        pass
     try:
         import resource
     except ImportError:
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
 def pick_device(name: str) -> torch.device:

@@ -134,11 +134,16 @@ def fit(lab: Lab, bench: Bench, name: str, rollouts, targets, seed: int, inputs=
     name: of the setting, another one for each refiner of a cell. An interrupted training goes on where it was.
     """
     extra = {key: options.pop(key) for key in ("loss_function", "make") if key in options}
-    config, began = replace(lab.config["refiner"], **options), time.perf_counter()
+    began = time.perf_counter()
+    try:
+        config = replace(lab.config["refiner"], **options)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    made_with = {"refiner": asdict(config), "inputs": inputs, "rollouts": len(targets["train"])}
     refiner, log = train_refiner.train_refiner(
         *(config, inputs, bench.codebook, bench.grid, rollouts, targets, lab.device, lab.dtype, seed),
         **extra,
-        progress=(lab.unfinished / f"{name}.progress", {"refiner": asdict(config), "inputs": inputs}),
+        progress=(lab.unfinished / f"{name}.progress", made_with),
     )
     return refiner, log, log["earlier_seconds"] + time.perf_counter() - began
 
@@ -650,7 +655,7 @@ def run_data(lab: Lab, seed: int) -> dict:
     most, steps = lab.config["refiner"].rollouts, lab.config["study"].steps
     cut = {f"{n} rollouts": n for n in (64, 256, 1024, 4096, 16384) if n <= most}
     settings = {name: {} for name in cut}
-    settings |= {f"{steps // part} steps": {"steps": steps // part} for part in (8, 4, 2, 1)}
+    settings |= {f"{steps // part} steps": {"steps": steps // part} for part in (8, 4, 2, 1) if steps >= part}
     return fit_each(lab, seed, settings, cut)
 
 
@@ -834,14 +839,15 @@ def side_by_side(functions: dict, device, rounds: int = 5) -> dict:
     return seconds
 
 
-def training_step(model, loss_function, optimizers: list):
+def training_step(model, loss_function, optimizers: list, clip: bool = True):
     """A step of a training on a batch that lies ready: the model's work, and nothing else of a training loop."""
 
     def step():
         loss = loss_function()
         model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -896,20 +902,22 @@ def run_speed(lab: Lab, seed: int) -> dict:
 
     # Training the backbone, against the textbook and against the products of large matrices
     plain, tokens, steps = textbook(backbone), torch.randint(V, (B, T), device=device), {}
+    products = 1 if device.type == "cpu" else 100  # on a GPU one of them is over before the next call
     for dtype in dict.fromkeys((torch.float32, lab.dtype)):
         name = str(dtype).removeprefix("torch.")
         large = torch.randn(2048, 2048, device=device, dtype=dtype)
         steps[f"ours, {name}"] = backbone_step(lab, backbone, tokens, dtype)
         steps[f"textbook, {name}"] = backbone_step(lab, plain, tokens, dtype)
-        steps[f"product, {name}"] = lambda large=large: large @ large
+        steps[f"product, {name}"] = lambda large=large: [large @ large for _ in range(products)]
     result["training"] = side_by_side(steps, device)
-    result["training_flops"], result["product_flops"] = flops_per_token(backbone) * B * T, 2 * 2048**3
+    result["training_flops"], result["product_flops"] = flops_per_token(backbone) * B * T, products * 2 * 2048**3
     result["training_tokens"] = B * T
 
     # Generation with and without a KV cache, and the refining pass after it. A decoding step has to read all weights and the
     # cache: at the speed of a copy that is the least it can take.
-    codebook, block = tokenizer.codebook.vectors.detach(), torch.zeros(2**25, device=device)
-    copying = statistics.median(side_by_side({"copy": block.clone}, device)["copy"])  # reads and writes 128 MiB
+    codebook, block = tokenizer.codebook.vectors.detach(), torch.ones(2**25, device=device)
+    other = torch.ones_like(block)
+    copying = statistics.median(side_by_side({"copy": lambda: other.copy_(block)}, device)["copy"])  # 128 MiB, twice
     read = {"weights": sum(p.numel() * p.element_size() for p in backbone.parameters())}
     gpt = backbone.config
     read["cache"] = 2 * gpt.layers * T * gpt.heads * gpt.head_width * lab.dtype.itemsize  # of one sentence
@@ -923,6 +931,7 @@ def run_speed(lab: Lab, seed: int) -> dict:
             result["generation"][str(batch)] = side_by_side(
                 {
                     "cached": lambda: backbone.generate(sentences[:, :-N], N),  # noqa: B023
+                    "prompt": lambda: backbone.generate(sentences[:, :-N], 1),  # noqa: B023
                     "refined": lambda: vsr.refine(refiner, codebook, rollout.tokens, hidden=rollout.hidden),  # noqa: B023
                 },
                 device,
@@ -944,10 +953,9 @@ def run_speed(lab: Lab, seed: int) -> dict:
     result["loops"] = loop_seconds(lab, seed, tokenizer, backbone, refiner, images, tokens)
 
     # How it grows with the tokens of an image, and with the demonstrations
-    result["growth"] = []
+    result["growth"], batch = [], 4
     for image_size, num_demos in ((size, 1), (2 * size, 1), (4 * size, 1), (size, 2), (size, 3)):
         _, model, g, n, t = new_models(lab, image_size, num_demos)
-        batch = max(1, 16 * N // n)
         sentences = torch.randint(V, (batch, t), device=device)
         step = backbone_step(lab, model, sentences, lab.dtype)
         with torch.no_grad(), lab.autocast:
@@ -962,13 +970,16 @@ def run_speed(lab: Lab, seed: int) -> dict:
                 vsr.refine(g, codebook, rollout.tokens, hidden=rollout.hidden)
 
         seconds = side_by_side({"train": step, "generate": generate, "refine": refine}, device, rounds=3)
-        per_image = {name: [s / batch for s in values] for name, values in seconds.items()}
-        result["growth"].append({"tokens": n, "num_demos": num_demos, "seconds_per_image": per_image})
+        per_sentence = {name: [s / batch for s in values] for name, values in seconds.items()}
+        result["growth"].append({"tokens": n, "num_demos": num_demos, "seconds_per_sentence": per_sentence})
     return result
 
 
 def loop_seconds(lab: Lab, seed: int, tokenizer, backbone, refiner, images, tokens) -> dict:
-    """{stage: {"loop", "model": seconds a step in each round}}: a real training loop, and `training_step` alone."""
+    """{stage: {"loop", "model": seconds a step in each round}}: a real training loop, and `training_step` alone.
+
+    The loop draws its batches, moves them, logs and shows its bar. It validates on one sentence, and saves nothing.
+    """
     config, device, steps = lab.config, lab.device, min(40, lab.config["study"].steps)
     K, N = config["data"].num_demos, tokenizer.tokens_per_image
     sentences, codebook = data.Sentences(config["data"], seed), tokenizer.codebook.vectors.detach()
@@ -990,7 +1001,7 @@ def loop_seconds(lab: Lab, seed: int, tokenizer, backbone, refiner, images, toke
         return vsr.cosine_loss(refined, codebook[truth])
 
     bare = {
-        "tokenizer": training_step(tokenizer, tokenizer_loss, [torch.optim.AdamW(tokenizer.parameters(), lr=1e-4)]),
+        "tokenizer": training_step(tokenizer, tokenizer_loss, [torch.optim.AdamW(tokenizer.parameters(), lr=1e-4)], clip=False),
         "backbone": backbone_step(lab, backbone, tokens, lab.dtype),
         "refiner": training_step(refiner, refiner_loss, train_refiner.make_optimizers(refiner, 1e-4)),
     }
@@ -1326,11 +1337,14 @@ def show_speed(cells: list) -> str:
     N = first["tokens_per_image"]
     reading = {name: median(cell["reading"][name] for cell in cells) for name in first["reading"]}
     lines += ["", "generation", f"{'batch':>8}{'tokens/s':>12}{'without a cache':>17}{'ratio':>8}"]
-    lines[-1] += f"{'a step takes':>16}{'reading weights and cache':>27}{'refining pass':>24}"
+    lines[-1] += f"{'a decoding step':>17}{'reading weights and cache':>27}{'refining pass':>24}"
     for batch in first["generation"]:
-        cached, uncached, refined = (rounds(cells, "generation", batch, name) for name in ("cached", "uncached", "refined"))
+        cached, prompt, uncached, refined = (
+            rounds(cells, "generation", batch, name) for name in ("cached", "prompt", "uncached", "refined")
+        )
+        step = (median(cached) - median(prompt)) / max(1, N - 1)
         row = f"{batch:>8}{int(batch) * N / median(cached):12,.0f}{int(batch) * N / median(uncached):17,.0f}"
-        row += f"{median(uncached) / median(cached):8.1f}{1e3 * median(cached) / N:13.2f} ms"
+        row += f"{median(uncached) / median(cached):8.1f}{1e3 * step:14.2f} ms"
         row += f"{1e3 * (reading['weights'] + int(batch) * reading['cache']):24.2f} ms"
         shares = [a / b for a, b in zip(refined, cached, strict=True)]
         lines.append(f"{row}{median(shares):9.1%} ({min(shares):.1%} to {max(shares):.1%})")
@@ -1345,9 +1359,10 @@ def show_speed(cells: list) -> str:
         loop, model = (rounds(cells, "loops", name, part) for part in parts)
         lines.append(f"{name:16}{1e3 * median(loop):12.1f}{1e3 * median(model):17.1f}{ratio(loop, model):>26}")
 
-    lines += ["", f"{'ms per image':>14}{'K':>4}" + "".join(f"{name:>12}" for name in ("train", "generate", "refine"))]
+    lines += ["", "ms per sentence at batch 4: to train on it, to generate its last image, to refine that"]
+    lines.append(f"{'':14}{'K':>4}" + "".join(f"{name:>12}" for name in ("train", "generate", "refine")))
     for i, row in enumerate(first["growth"]):
-        times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_image", name)) for name in row["seconds_per_image"]]
+        times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_sentence", name)) for name in row["seconds_per_sentence"]]
         lines.append(f"{'N = ' + str(row['tokens']):>14}{row['num_demos']:4}" + "".join(f"{t:12.2f}" for t in times))
     return "\n".join(lines)
 
@@ -1372,9 +1387,9 @@ def plot_speed(figure_path, cells: list) -> None:
         chosen = [i for i, row in enumerate(first["growth"]) if row[other] == value]
         x = [first["growth"][i][key] for i in chosen]
         for name, colour in zip(("train", "generate", "refine"), colours, strict=True):
-            times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_image", name)) for i in chosen]
-            axis.loglog(x, times, "o-", color=colour, label="train (a sentence)" if name == "train" else name)
-        axis.set(xlabel={"tokens": "N", "num_demos": "K"}[key], title=title, xticks=x, xticklabels=x)
+            times = [1e3 * median(rounds(cells, "growth", i, "seconds_per_sentence", name)) for i in chosen]
+            axis.loglog(x, times, "o-", color=colour, label=name)
+        axis.set(xlabel={"tokens": "N", "num_demos": "K"}[key], ylabel="ms per sentence", title=title, xticks=x, xticklabels=x)
     for axis in axes[1:]:
         axis.minorticks_off()
         axis.margins(y=0.25)
@@ -1418,12 +1433,14 @@ SMOKE = {
 
 
 def rounded(value):
-    """Floats with 6 digits after the point, in nested lists and dictionaries: the files stay small."""
+    """Floats with 6 digits after the point, small ones with 6 in all, in nested lists and dictionaries: the files stay small."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < 0.1 else round(value, 6)
+    return value
 
 
 def read_cells(path: Path, config: dict) -> list:
@@ -1461,6 +1478,9 @@ def main():
         name: data.config_from_flags(args, config_class, "" if name == "data" else f"{name}_", preset.get(name))
         for name, config_class in classes.items()
     }
+    if config["refiner"].rollouts > config["data"].train_sentences:
+        raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    data.check_one_process()
     device = data.pick_device(args.device)
     dtype = data.pick_dtype(args.dtype, device)
     lab = Lab(config, Path(args.work), Path(args.work), device, dtype)
@@ -1469,10 +1489,15 @@ def main():
     data.check_writable(args.work, "--work")
     made_with = {"dtype": str(dtype).removeprefix("torch."), **{name: asdict(part) for name, part in config.items()}}
 
+    machine = {"device": str(device), "threads": torch.get_num_threads()}  # speed depends on it
+
+    def config_of(name: str) -> dict:
+        return {**made_with, "machine": machine} if name == "speed" else made_with
+
     chosen = list(STUDIES) if "all" in args.studies else [name for name in STUDIES if name in args.studies]
     todo = []
     for name in chosen:
-        kept = [cell["cell"] for cell in read_cells(out / f"{source(name)}.json", made_with)]
+        kept = [cell["cell"] for cell in read_cells(out / f"{source(name)}.json", config_of(name))]
         cells = [{"seed": seed, **setting} for seed in range(args.seeds) for setting in STUDIES[name].settings]
         todo += [(name, cell) for cell in cells if cell not in kept and name != "positions"]
         if name == "positions" and "main" not in chosen and not kept:
@@ -1483,17 +1508,17 @@ def main():
         lab = lab._replace(unfinished=lab.work / "-".join(["unfinished", name, *map(str, cell.values())]))
         with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
             result = STUDIES[name].run(lab, **cell)
-        cells = read_cells(out / f"{name}.json", made_with)
-        save(out, name, made_with, [*cells, {"cell": cell, **rounded(result)}])
+        cells = [kept for kept in read_cells(out / f"{name}.json", config_of(name)) if kept["cell"] != cell]
+        save(out, name, config_of(name), [*cells, {"cell": cell, **rounded(result)}])
         shutil.rmtree(lab.unfinished, ignore_errors=True)
         bar.update(STUDIES[name].minutes)
     bar.close()
     for name in chosen:
-        cells = read_cells(out / f"{source(name)}.json", made_with)
+        cells = read_cells(out / f"{source(name)}.json", config_of(name))
         shown = STUDIES[name].show(cells)
         text, more = shown if isinstance(shown, tuple) else (shown, {})
         STUDIES[name].plot(out / f"{name}.png", cells)
-        save(out, name, made_with, [] if name == "positions" else cells, table=text.splitlines(), **rounded(more))
+        save(out, name, config_of(name), [] if name == "positions" else cells, table=text.splitlines(), **rounded(more))
         print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
 
 

@@ -339,7 +339,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
         pixels, slopes = F.mse_loss(rebuilt, images), gradient_loss(rebuilt, images)
         reconstruction = pixels + config.gradient_weight * slopes
         loss = reconstruction + 0.1 * (codebook_loss + config.beta * commitment_loss)
-        adversarial = d_loss = torch.zeros(())
+        adversarial = d_loss = torch.zeros((), device=device)
         if step >= gan_from:
             with autocast:
                 adversarial = generator_loss(discriminator, rebuilt)
@@ -434,6 +434,7 @@ def main():
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     config = data.config_from_flags(args, VQGANConfig, "vqgan_")
     sentences = data.Sentences(data.config_from_flags(args, data.DataConfig), args.seed)
+    data.check_one_process()
     data.check_writable(args.out)
     if args.compare:
         seeds = range(args.seed, args.seed + 3)

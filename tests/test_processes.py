@@ -59,7 +59,7 @@ def torchrun(*arguments, **options):
 def test_two_processes_follow_one(tmp_path):
     run = torchrun(__file__, tmp_path)
     one = train_all()
-    _, errors = run.communicate()
+    _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, values in one.items():
@@ -85,7 +85,7 @@ def test_two_threads_follow_one():
 
 def wait_for(path, run):
     while not path.is_file():
-        assert run.poll() is None, run.communicate()
+        assert run.poll() is None, run.communicate(timeout=240)
         time.sleep(0.02)
 
 
@@ -107,13 +107,13 @@ def test_a_process_that_dies_ends_the_job_and_it_goes_on(tmp_path):
     run = torchrun(*flags)
     wait_for(tmp_path / "run" / "backbone.progress", run)
     os.kill(process_of_rank(1, run.pid), signal.SIGKILL)
-    _, errors = run.communicate(timeout=120)
+    _, errors = run.communicate(timeout=240)
     assert run.returncode != 0
     assert "exitcode  : -9" in errors  # torchrun's report names the process that died
     assert data.load_checkpoint(tmp_path / "run" / "backbone.progress")["step"] >= 100
 
     run = torchrun(*flags)
-    printed, errors = run.communicate()
+    printed, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors
     assert printed.count("backbone: goes on at step") == 1  # the first process alone prints
     assert printed.count("wrote metrics.json") == 1
@@ -122,7 +122,7 @@ def test_a_process_that_dies_ends_the_job_and_it_goes_on(tmp_path):
 
 def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path):
     run = torchrun(ROOT / "train_refiner.py", *SHORT, "--gpt-batch-size", "5", "--out", tmp_path / "run")
-    _, errors = run.communicate()
+    _, errors = run.communicate(timeout=240)
     assert run.returncode != 0
     assert "error: --gpt-batch-size 5: not a multiple of the 2 processes" in errors
     assert "Traceback" not in errors.split("error: --gpt")[0]
