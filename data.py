@@ -406,8 +406,8 @@ def wait_for_all() -> None:
 def end_processes() -> bool:
     """Part from the other processes, when all have come here; returns whether this is the first, which goes on alone."""
     first = is_first()
+    wait_for_all()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     return first
 
