@@ -614,7 +614,7 @@ def run_backbones(lab: Lab, seed: int, backbone: str) -> dict:
             progress=progress,
         )
         batch = lab.config["refiner"].rollout_batch
-        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast, batch) for split, part in tokens.items()}
+        generated = {split: train_refiner.make_rollouts(model, part, lab.autocast, batch)[0] for split, part in tokens.items()}
     b = b._replace(trained=b.trained._replace(backbone=model, tokens=tokens, generated=generated))
     rollouts, targets = states_of(lab, b)
     refiner, _, _ = fit(lab, b, "refiner", rollouts, targets, seed)
@@ -1474,12 +1474,7 @@ def main():
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: expected at least 1")
     preset = {**train_refiner.PRESETS["smoke"], "study": SMOKE} if args.preset == "smoke" else {}
-    config = {
-        name: data.config_from_flags(args, config_class, "" if name == "data" else f"{name}_", preset.get(name))
-        for name, config_class in classes.items()
-    }
-    if config["refiner"].rollouts > config["data"].train_sentences:
-        raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    config = train_refiner.configs_from_flags(args, classes, preset)
     data.check_one_process()
     device = data.pick_device(args.device)
     dtype = data.pick_dtype(args.dtype, device)

@@ -156,9 +156,12 @@ def train_backbone(
 # --------------------------------------------------------------------------------------------------
 
 
-def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256, progress=None) -> torch.Tensor:
-    """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N)."""
-    device = backbone.head.weight.device
+def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256, progress=None) -> tuple[torch.Tensor, float]:
+    """Let the frozen backbone generate the last image of each sentence: tokens (S, 2K+2, N) -> y_q (S, N), and seconds.
+
+    progress: where unfinished rollouts are kept, see `data.training_steps`. The seconds are those of all attempts.
+    """
+    began, device = time.perf_counter(), backbone.head.weight.device
     parts, log = tokens.split(batch), {"generated": []}
     for index in data.training_steps("rollouts", len(parts), log, {}, progress, every=10, unit="batch"):
         total = len(parts[index])
@@ -166,7 +169,7 @@ def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 25
         with autocast:
             generated = backbone.generate(prompt, tokens.shape[2]).tokens  # (B, N)
         log["generated"].append(data.all_rows(generated, total).to("cpu", tokens.dtype))
-    return torch.cat(log["generated"])
+    return torch.cat(log["generated"]), log["earlier_seconds"] + time.perf_counter() - began
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,8 +240,8 @@ def train_refiner(
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             refiner.eval()
             with torch.no_grad():
-                parts = torch.arange(len(targets["val"])).split(128)
-                total = sum(batch_loss(refiner, "val", part).item() * len(part) for part in parts)
+                held_out = torch.arange(len(targets["val"])).split(128)
+                total = sum(batch_loss(refiner, "val", part).item() * len(part) for part in held_out)
             refiner.train()
             log["val_step"].append(step)
             log["val_loss"].append(total / len(targets["val"]))
@@ -666,6 +669,16 @@ def describe(config: dict, inputs: list, device) -> dict:
     return params
 
 
+def configs_from_flags(args, classes: dict, preset: dict) -> dict:
+    """{component: config dataclass} from {component: class}, a preset and the flags. Raises UserError if they do not fit."""
+    config = {}
+    for name, config_class in classes.items():
+        config[name] = data.config_from_flags(args, config_class, "" if name == "data" else f"{name}_", preset.get(name))
+    if config["refiner"].rollouts > config["data"].train_sentences:
+        raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    return config
+
+
 def parse_arguments():
     parser = data.Parser(description="Train tokenizer, backbone and refiners; measure what refinement repaired.")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of everything (default: toy)")
@@ -741,19 +754,16 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
 
     # 3. Rollouts of the frozen backbone
-    path, began = out / "rollouts.pt", time.perf_counter()
+    path = out / "rollouts.pt"
     tokens["train"] = tokens["train"][: config["refiner"].rollouts]
     batch = config["refiner"].rollout_batch
     stage_config |= {"rollouts": config["refiner"].rollouts, "rollout_batch": batch}
     checkpoint = reuse(path, stage_config, "rollouts", fresh)
     if checkpoint is None:
         progress = path.with_suffix(".progress"), stage_config
-        checkpoint = {
-            "config": stage_config,
-            "train": make_rollouts(backbone, tokens["train"], autocast, batch, progress),
-            "val": make_rollouts(backbone, tokens["val"], autocast, batch),
-            "seconds": time.perf_counter() - began,
-        }
+        train, train_seconds = make_rollouts(backbone, tokens["train"], autocast, batch, progress)
+        val, val_seconds = make_rollouts(backbone, tokens["val"], autocast, batch)
+        checkpoint = {"config": stage_config, "train": train, "val": val, "seconds": train_seconds + val_seconds}
         finish(path, checkpoint)
     generated = {split: checkpoint[split] for split in tokens}
     seconds["rollouts"] = checkpoint["seconds"]
@@ -784,12 +794,7 @@ def main():
     device = data.start_processes(data.pick_device(args.device))
     dtype = data.pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    config = {}
-    for name, config_class in CONFIGS.items():
-        prefix = "" if name == "data" else f"{name}_"
-        config[name] = data.config_from_flags(args, config_class, prefix, PRESETS[args.preset].get(name))
-    if config["refiner"].rollouts > config["data"].train_sentences:
-        raise UserError(f"--refiner-rollouts {config['refiner'].rollouts}: more than there are --train-sentences")
+    config = configs_from_flags(args, CONFIGS, PRESETS[args.preset])
     for name in ("vqgan", "gpt", "refiner"):
         data.check_divides(config[name].batch_size, f"--{name}-batch-size")
     params = describe(config, args.inputs, device)

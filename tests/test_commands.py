@@ -47,7 +47,7 @@ def test_refiner_training_leaves_backbone_and_codebook_alone():
     codebook = F.normalize(torch.randn(V, 8), dim=-1)
     before = [codebook.clone(), *(p.clone() for p in backbone.parameters())]
     sentences = torch.randint(V, (32, 4, N))
-    generated = train_refiner.make_rollouts(backbone, sentences, torch.autocast("cpu", enabled=False))
+    generated, _ = train_refiner.make_rollouts(backbone, sentences, torch.autocast("cpu", enabled=False))
     read = train_refiner.read_states(backbone, sentences, generated, torch.autocast("cpu", enabled=False))
     rollouts, targets = {"train": read, "val": read}, {"train": sentences[:, -1], "val": sentences[:, -1]}
     config = vsr.RefinerConfig(layers=1, width=16, rollouts=32, steps=5, batch_size=8)

@@ -38,7 +38,7 @@ def train_all() -> dict:
     result |= {"backbone": log["loss"], "backbone weights": backbone.head.weight}
     backbone.load_state_dict(vsr.GPT(gpt, 32, 16, 4).state_dict())  # the same seed: the same weights everywhere
     autocast = torch.autocast("cpu", enabled=False)
-    result["rollouts"] = train_refiner.make_rollouts(backbone, tokens, autocast, batch=8)  # 41: the last has one row
+    result["rollouts"], _ = train_refiner.make_rollouts(backbone, tokens, autocast, batch=8)  # 41: the last has one row
 
     codebook = torch.randn(32, 4, generator=generator)
     hidden = torch.randn(41, 16, 5, generator=generator)

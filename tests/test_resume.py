@@ -1,17 +1,21 @@
 """Killed, interrupted, out of disk, gone to infinity: what a training leaves behind, and how it goes on."""
 
+import contextlib
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import train_refiner
+import vsr
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -61,6 +65,28 @@ def test_a_training_goes_on_as_if_nothing_had_happened(tmp_path, when):
     resumed = train(progress, meanwhile=lambda step, model: steps.append(step))
     assert steps[0] == when // 10 * 10  # no more than the steps since the last save are lost
     assert all(torch.equal(a, b) for a, b in zip(resumed, train(None), strict=True))
+
+
+def test_rollouts_go_on_and_their_seconds_are_those_of_all_attempts(tmp_path):
+    """A backbone that repeats the last token of its prompt, and stops once in the 13th of 16 batches."""
+    batches = []
+
+    class Backbone(types.SimpleNamespace):
+        def generate(self, prompt, N):
+            batches.append(prompt)
+            if len(batches) == 13:
+                raise RuntimeError("power cut")
+            time.sleep(0.02)
+            return vsr.Rollout(prompt[:, -1:].expand(-1, N), None, None)
+
+    backbone = Backbone(head=types.SimpleNamespace(weight=torch.zeros(1)))
+    tokens, progress = torch.arange(32 * 4 * 3).view(32, 4, 3), (tmp_path / "rollouts.progress", {})
+    with pytest.raises(RuntimeError):
+        train_refiner.make_rollouts(backbone, tokens, contextlib.nullcontext(), 2, progress)
+    generated, seconds = train_refiner.make_rollouts(backbone, tokens, contextlib.nullcontext(), 2, progress)
+    assert len(batches) == 13 + 6  # ten batches were kept
+    assert torch.equal(generated, tokens[:, 2, -1:].expand(-1, 3))
+    assert seconds > 16 * 0.02
 
 
 def test_ctrl_c_lets_the_step_end_and_saves(tmp_path):
