@@ -742,7 +742,7 @@ def show_passes(cells: list) -> str:
     lines = [gap_table(cells, names, "after each pass"), "", "dB gained over ar_greedy"]
     for method in names:
         gains = [[psnr_gain(cell, method, name) for cell in cells] for name in ("all", *TASKS)]
-        lines.append(f"{method:26}" + "".join(f"{mean_sd(gain, 2):>18}" for gain in gains))
+        lines.append(f"{method:29}" + "".join(f"{mean_sd(gain, 2):>18}" for gain in gains))
     return "\n".join(lines)
 
 
@@ -1037,10 +1037,10 @@ def loop_seconds(lab: Lab, seed: int, tokenizer, backbone, refiner, images, toke
 
 def gap_table(cells: list, methods, title: str) -> str:
     """Gap closed by each method, over all and by task, mean ± standard deviation over the cells."""
-    lines = [f"gap closed, {title}, mean ± sd over {len(cells)} seeds", f"{'':26}" + "".join(f"{n:>18}" for n in ("all", *TASKS))]
+    lines = [f"gap closed, {title}, mean ± sd over {len(cells)} seeds", f"{'':29}" + "".join(f"{n:>18}" for n in ("all", *TASKS))]
     for method in methods:
         row = "".join(f"{mean_sd([gap_of(cell, method, name) for cell in cells]):>18}" for name in ("all", *TASKS))
-        lines.append(f"{method:26}{row}")
+        lines.append(f"{method:29}{row}")
     return "\n".join(lines)
 
 
@@ -1174,15 +1174,19 @@ def plot_backbones(figure_path, cells: list) -> None:
 
 
 def show_settings(cells: list) -> str:
-    """Gap closed, parameters, seconds and losses of the settings of `data`, `size`, `reading` and `loss`."""
+    """Gap closed, parameters, seconds and losses of the settings of `data`, `size`, `reading` and `loss`.
+
+    Seconds are medians over the seeds: a machine that had other work during one seed does not spoil them.
+    """
     cost = cells[0]["cost"]
     text = gap_table(cells, list(cost), "by setting")
-    lines = ["", f"{'':26}{'parameters':>12}{'of backbone':>12}{'seconds':>9}{'train loss':>12}{'val loss':>10}"]
+    lines = ["", f"{'':29}{'parameters':>12}{'of backbone':>12}{'seconds':>9}{'train loss':>12}{'val loss':>10}"]
     for name, first in cost.items():
         share = first["params"] / cells[0]["backbone_params"]
-        row = f"{name:26}{first['params']:12,}{share:12.0%}"
-        for value, width, digits in (("seconds", 9, 0), ("train_loss", 12, 4), ("val_loss", 10, 4)):
-            row += f"{statistics.fmean(c['cost'][name][value] for c in cells):{width}.{digits}f}"
+        row = f"{name:29}{first['params']:12,}{share:12.0%}"
+        costs = {value: [c["cost"][name][value] for c in cells] for value in ("seconds", "train_loss", "val_loss")}
+        row += f"{statistics.median(costs['seconds']):9.0f}"
+        row += f"{statistics.fmean(costs['train_loss']):12.4f}{statistics.fmean(costs['val_loss']):10.4f}"
         lines.append(row)
     return text + "\n" + "\n".join(lines)
 
@@ -1210,7 +1214,7 @@ def plot_data(figure_path, cells: list) -> None:
             plot_curve(axis, [int(name.split()[0]) for name in names], values)
             axis.set(xlabel="rollouts to train on (the same number of steps)")
         else:
-            plot_curve(axis, [statistics.fmean(c["cost"][name]["seconds"] for c in cells) for name in names], values)
+            plot_curve(axis, [statistics.median(c["cost"][name]["seconds"] for c in cells) for name in names], values)
             axis.set_xlabel("seconds of training, all rollouts")
     data.write_whole(figure_path, figure.savefig)
 
