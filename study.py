@@ -54,9 +54,9 @@ class StudyConfig:
     """Sizes of the controls."""
 
     lora_rank: Annotated[int, "rank of the low-rank adapters"] = 64
-    lora_steps: Annotated[int, "steps of LoRA's training; it must take at least the refiner's time"] = 1000
+    lora_steps: Annotated[int, "steps of LoRA's training; at least the time of the rollouts and the refiner"] = 2000
     lora_learning_rate: Annotated[float, "peak learning rate of LoRA (AdamW)"] = 1e-3
-    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least the refiner's time"] = 1000
+    longer_steps: Annotated[int, "further steps of the backbone's pretraining; at least that time"] = 2000
     samples: Annotated[int, "n of best_of_n"] = 8
     steps: Annotated[int, "training steps of each refiner in `data`, `size`, `reading`, `loss` and `generalize`"] = 1000
     rollouts: Annotated[int, "rollouts of the other backbones in `backbones`"] = 8192
@@ -270,7 +270,7 @@ def run_lora(lab: Lab, seed: int) -> dict:
 
 
 def longer_backbone(lab: Lab, bench: Bench, seed: int):
-    """Pretraining continued, a new cycle of its own schedule, for at least the refiner's time: was it just undertrained?"""
+    """Pretraining continued with a new cycle of its schedule, for the time of rollouts and refiner: was it undertrained?"""
     steps, rate = lab.config["study"].longer_steps, lab.config["gpt"].learning_rate
     backbone = copy.deepcopy(bench.trained.backbone).requires_grad_(True)
     optimizers = train_refiner.make_optimizers(backbone, rate)
@@ -322,22 +322,24 @@ def run_main(lab: Lab, seed: int) -> dict:
     b = bench(lab, seed, vsr.INPUTS)
     trained, tokens = b.trained, b.test["tokens"]
     written = train_refiner.decode_methods(trained.tokenizer, trained.backbone, trained.refiners, tokens, lab.autocast, seed)
+    began = time.perf_counter()
     rollouts, targets = states_of(lab, b)
+    before = trained.seconds["rollouts"] + time.perf_counter() - began  # what any refiner needs before its first step
     rollout = generate_all(lab, trained.backbone, tokens)
     cost = {}  # {method: {"params", "seconds", "overhead"}}
     for inputs, refiner in trained.refiners.items():
-        seconds = trained.seconds[f"refiner_{inputs}"]
+        seconds = before + trained.seconds[f"refiner_{inputs}"]
         cost[f"refined_{inputs}"] = {"params": count(refiner), "seconds": seconds}
 
     # The same refiner with each position alone; and with the targets of other sentences
     for method, inputs in (("no_attention", "hidden"), ("no_attention_tokens", "tokens")):
         refiner, _, seconds = fit(lab, b, method, rollouts, targets, seed, inputs, attention=False)
         written[method] = refine_all(lab, b, refiner, rollout)
-        cost[method] = {"params": count(refiner), "seconds": seconds}
+        cost[method] = {"params": count(refiner), "seconds": before + seconds}
     strangers = {split: y.roll(1, 0) for split, y in targets.items()}
     refiner, _, seconds = fit(lab, b, "shuffled", rollouts, strangers, seed)
     written["shuffled"] = refine_all(lab, b, refiner, rollout)
-    cost["shuffled"] = {"params": count(refiner), "seconds": seconds}
+    cost["shuffled"] = {"params": count(refiner), "seconds": before + seconds}
     del rollouts
 
     # The backbone itself, tuned for as long or sampled more often
@@ -723,7 +725,6 @@ def run_loss(lab: Lab, seed: int) -> dict:
     return fit_each(lab, seed, settings)
 
 
-@torch.no_grad()
 def run_passes(lab: Lab, seed: int) -> dict:
     """The default refiner over its own output again: the states are read again, on what the pass before has written."""
     b = bench(lab, seed)
@@ -761,7 +762,6 @@ def plot_passes(figure_path, cells: list) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def run_probe(lab: Lab, seed: int) -> dict:
     """Force one wrong token at position t of the greedy rollout, let the backbone go on, and refine what it wrote.
 
