@@ -74,7 +74,7 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         if self.eval_sentences < 16:
-            raise UserError(f"--eval-sentences {self.eval_sentences}: expected at least 16, so that every task comes up")
+            raise UserError(f"--eval-sentences {self.eval_sentences}: expected at least 16")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,6 +187,8 @@ def load_image(path, size: int) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel have no known range; save it with 8 or 16")
             if image.mode.startswith("I;16"):  # 16 bits a pixel: Pillow would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGBA")
@@ -294,13 +296,16 @@ class Sentences:
 
     def __init__(self, config: DataConfig, seed: int = 0):
         self.config, self.seed = config, seed
-        self.folder, self.masks = None, None
+        self.folder, self.masks, self.fingerprint = None, None, None
         if config.data == "shapes":
             self.masks = shape_masks(config.image_size)
         elif config.data == "glyphs":
             self.masks = glyph_masks(config.image_size)
         else:
             self.folder = load_folder(config.data.removeprefix("folder:"), config.image_size)
+            # Another picture changes which ones are drawn: what was made of the old ones does not fit the new.
+            digest = hashlib.sha256(b"".join(images.numpy().tobytes() for images in self.folder.values()))
+            self.fingerprint = digest.hexdigest()[:16]
 
     def scenes(self, split: str, n: int, generator: torch.Generator) -> torch.Tensor:
         """n sets of K+1 scenes of `split`: (n, K+1, 3, S, S) in [-1, 1]; in a set from a folder, no image comes twice."""
@@ -470,9 +475,9 @@ def to_float(images) -> torch.Tensor:
 def write_whole(path, write) -> None:
     """Call `write(temporary_path)`, then put the file in place: the file is whole or is not there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -480,7 +485,8 @@ def write_whole(path, write) -> None:
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str = "") -> None:
@@ -554,8 +560,8 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     ({name: module, optimizer, generator or tensor}), the log and torch's own random state. If the file is there at the
     start, all of it is put back and its steps are left out. So at most `every` steps are lost, and the weights at the
     end are those of a training that was not interrupted (with dropout, on a CPU only: a GPU's random state is not kept).
-    The first Ctrl-C lets the step end, saves, and then raises KeyboardInterrupt. `log["earlier_seconds"]` is what earlier
-    attempts took.
+    The first Ctrl-C lets the step end, saves, and then raises KeyboardInterrupt. Weights that are no numbers are not
+    saved. `log["earlier_seconds"]` is what earlier attempts took.
     Raises UserError if the file was made with another configuration.
     """
     log["earlier_seconds"], first = 0.0, 0
@@ -578,7 +584,7 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
         except (KeyError, TypeError, ValueError, RuntimeError):  # of another version
             raise UserError(f"{path}: not what this version of {name} keeps; remove the file to begin again") from None
         print(f"{name}: goes on at {unit} {first} of {steps}")
-    began, earlier, interrupts = time.perf_counter(), log["earlier_seconds"], []
+    began, earlier, interrupts, saved_steps = time.perf_counter(), log["earlier_seconds"], [], [first]
 
     def save(step: int) -> None:
         states = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in parts.items()}
@@ -586,6 +592,7 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
         content = {"config": progress[1], "step": step, "parts": states, "random": torch.get_rng_state()}
         seconds = earlier + time.perf_counter() - began
         save_checkpoint(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+        saved_steps.append(step)
 
     def interrupt(*_) -> None:
         interrupts.append(True)
@@ -603,7 +610,7 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
                     if all(p.isfinite().all() for module in modules for p in module.parameters()):
                         save(step + 1)
                 if interrupts and is_first():  # the others end when it is gone; one that left earlier would keep it from saving
-                    raise KeyboardInterrupt(f"{name}: {unit} {step + 1} of {steps} is saved; the same command goes on from there")
+                    raise KeyboardInterrupt(f"{name}: {unit} {saved_steps[-1]} of {steps} is saved")
         finally:
             if listens:
                 signal.signal(signal.SIGINT, handler)
@@ -638,8 +645,10 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows, another C library
         return
-    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-    mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: what is larger than 64 MB, data and not temporary, is still given back
+    # M_MMAP_THRESHOLD: what is larger than 32 MB, data and not temporary, is still given back. It is the most that older
+    # glibc takes; M_TRIM_THRESHOLD alone would freeze the first at 128 KB, which is ten times as slow.
+    if mallopt(-3, 2**25):
+        mallopt(-1, 2**30)
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -669,6 +678,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or mps")
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -724,36 +735,45 @@ def config_from_flags(args, config_class, prefix: str = "", preset: dict | None 
         raise UserError(str(error)) from None
 
 
-def run_command(main) -> None:
-    """Run a command's `main`; what the user can put right becomes one line and exit status 2."""
+def seed(text: str) -> int:
+    """A seed from a flag, 0 to 2^63 - 1; argparse names the flag for any other."""
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+def run_command(main, kept: str = "") -> None:
+    """Run a command's `main`; what the user can put right becomes one line and exit status 2.
+
+    kept: what to say after Ctrl-C about what has been done so far.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        reason = str(interrupt) or "what was finished or saved is kept, and the same command goes on from there"
-        print(f"\ninterrupted. {reason} (without --fresh)", file=sys.stderr)
+        print("\ninterrupted. " + ". ".join(part for part in (str(interrupt), kept) if part), file=sys.stderr)
         sys.exit(130)
 
 
 def main():
     parser = Parser(description="Write a contact sheet of each toy dataset and task.")
     parser.add_argument("--out", default="contact_sheets", help="folder for the pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_config(DataConfig, skip=("data", "train_sentences", "eval_sentences"))
-    parser.add_argument("--data", nargs="+", default=["shapes", "glyphs"], help="datasets to draw")
+    parser.add_argument("--data", dest="names", nargs="+", default=["shapes", "glyphs"], help="datasets to draw")
     args = parser.parse_args()
-    overrides = {k: v for k in ("image_size", "num_demos") if (v := getattr(args, k)) is not None}
-    for data in args.data:
-        config = DataConfig(data=data, **overrides)
+    check_writable(args.out)
+    for name in args.names:
+        config = config_from_flags(args, DataConfig, preset={"data": name})
         sentences = Sentences(config, args.seed)
         images, task = sentences("train", 0, 256)
         rows = [list(images[task == number][i]) for number in range(len(TASKS)) for i in range(3)]
         roles = [f"{role} {k + 1}" for k in range(config.num_demos) for role in ("source", "target")]
-        labels = [name if i == 1 else "" for name in TASKS for i in range(3)]
-        path = Path(args.out) / f"{data.split(':')[0]}.png"
-        save_picture(path, rows, labels, [*roles, "query", "truth"], f"{data}: one visual sentence a row")
+        labels = [task_name if i == 1 else "" for task_name in TASKS for i in range(3)]
+        path = Path(args.out) / f"{Path(name.removeprefix('folder:')).name}.png"
+        save_picture(path, rows, labels, [*roles, "query", "truth"], f"{name}: one visual sentence a row")
         began = time.perf_counter()
         for index in range(1, 9):
             sentences("train", index, 256)

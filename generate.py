@@ -23,9 +23,11 @@ from data import TASKS, UserError
 SHIPPED = Path(__file__).parent / "weights" / "toy.pt"  # python train_refiner.py --weights weights/toy.pt
 
 
-def sentences_to_show(args, sentences: data.Sentences) -> tuple[torch.Tensor, bool]:
-    """The visual sentences that the flags ask for: images (n, 2K+2, 3, S, S), and whether the last is the truth."""
-    config = sentences.config
+def sentences_to_show(args, config: data.DataConfig, seed: int) -> tuple[torch.Tensor, bool]:
+    """The visual sentences that the flags ask for: images (n, 2K+2, 3, S, S), and whether the last is the truth.
+
+    config, seed: of the data that the models were trained on.
+    """
     if args.demos and args.query is None:
         raise UserError("--demos: give the image to be completed as well, with --query")
     if args.demos and args.task:
@@ -38,7 +40,7 @@ def sentences_to_show(args, sentences: data.Sentences) -> tuple[torch.Tensor, bo
         return torch.stack([*images, torch.zeros_like(images[-1])])[None], False
     if args.query is not None and args.task is None:
         raise UserError("--query: give --task, or the demonstrations of a task with --demos")
-    images, task = sentences("test", args.seed, 64)  # seed 0: the first sentences of the evaluation
+    images, task = data.Sentences(config, seed)("test", args.seed, 64)  # seed 0: the first sentences of the evaluation
     if args.query is None:
         chosen = images if args.task is None else images[task == TASKS.index(args.task)]
         return chosen[: args.count], True
@@ -118,21 +120,23 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens up to this probability")
-    parser.add_argument("--seed", type=int, default=0, help="which sentences, and the sampling")
+    parser.add_argument("--seed", type=data.seed, default=0, help="which sentences, and the sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", default="generated.png", help="the picture (default: generated.png)")
     parser.add_argument("--gif", metavar="PATH", help="also write an animation of the first sentence")
     args = parser.parse_args()
     if not 1 <= args.count <= 16:
         raise UserError(f"--count {args.count}: expected a number from 1 to 16")
+    if 0 < args.temperature < 1e-3:
+        raise UserError(f"--temperature {args.temperature:g}: expected 0 (greedy decoding), or 0.001 and above")
     if not 0 <= args.temperature < float("inf") or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature and --top-k cannot be negative, and --top-p lies above 0 and up to 1")
     if args.temperature == 0 and (args.top_k or args.top_p < 1):
         raise UserError("--top-k and --top-p need a --temperature above 0 (0 is greedy decoding)")
     for flag, path, endings in (("--out", args.out, (".png", ".jpg", ".webp")), ("--gif", args.gif, (".gif",))):
-        if path and Path(path).suffix.lower() not in endings:
+        if path is not None and Path(path).suffix.lower() not in endings:
             raise UserError(f"{flag} {path}: expected a file name that ends in {' or '.join(endings)}")
-        if path:
+        if path is not None:
             data.check_writable(Path(path).parent, flag)
     device = data.pick_device(args.device)
     args.run = args.run or ("runs/toy" if Path("runs/toy").is_dir() else SHIPPED)
@@ -140,8 +144,7 @@ def main():
     inputs = args.inputs or list(refiners)[-1]
     if inputs not in refiners:
         raise UserError(f"--inputs {inputs}: {args.run} has a refiner for {', '.join(refiners)} only")
-    sentences = data.Sentences(data.DataConfig(**config["data"]), config["run"]["seed"])
-    images, truth_known = sentences_to_show(args, sentences)
+    images, truth_known = sentences_to_show(args, data.DataConfig(**config["data"]), config["run"]["seed"])
 
     with torch.no_grad():
         tokens = tokenizer.encode(images.flatten(0, 1).to(device)).view(*images.shape[:2], -1)  # (n, 2K+2, N)

@@ -1536,4 +1536,4 @@ def save(out: Path, name: str, config: dict, cells: list, **more) -> None:
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    data.run_command(main, "Finished cells and saved steps are kept; the same command goes on from there")

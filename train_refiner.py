@@ -74,7 +74,9 @@ def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, to
 
 
 def make_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices inside the Transformer blocks, AdamW for everything else.
+    """Muon for all that has two dimensions inside the Transformer blocks, AdamW for everything else.
+
+    In a refiner's block that is the weight matrices and the table of relative position biases.
 
     Muon (Jordan et al., 2024) orthogonalises the update of a matrix. In a trial on an earlier recipe the backbone's
     validation loss after 500 steps was 1.20, AdamW's 1.55 at the better of two learning rates.
@@ -268,6 +270,8 @@ def refiner_for(
     with torch.no_grad():
         parts = [write(part.to(device)) for part in tqdm(batches, desc="rollouts", unit="batch", mininterval=1, leave=None)]
     fields = [None if None in field else torch.cat([x.cpu() for x in field]) for field in map(list, zip(*parts, strict=True))]
+    if any(field is None for field in fields[: 1 + vsr.INPUTS.index(inputs)]):
+        raise ValueError(f"inputs {inputs!r}: `write` gave no such states; give them, or take inputs='tokens'")
     if fields[0].shape != truth.shape or truth.shape[1] != grid[0] * grid[1] or len(truth) < 2:
         raise ValueError(
             f"tokens {tuple(fields[0].shape)}, truth {tuple(truth.shape)}, grid {grid}: expected (S, N), (S, N), N = h w"
@@ -549,6 +553,14 @@ def build_refiner(checkpoint: dict, device) -> Refiner:
     return model.to(device).eval().requires_grad_(False)
 
 
+def rebuild(build, checkpoint: dict, device, path):
+    """The model in a checkpoint. Raises UserError, naming the file, if it is none that `build` understands."""
+    try:
+        return build(checkpoint, device)
+    except (KeyError, TypeError, RuntimeError):  # some other model's checkpoint, or a field that is no more
+        raise UserError(f"{path}: the checkpoint of another model or another version") from None
+
+
 def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
     """All models of a finished run: tokenizer, backbone, {inputs: refiner}, and the configuration they share.
 
@@ -561,11 +573,8 @@ def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
         raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
 
     def load(name, build):
-        try:
-            checkpoint = data.load_checkpoint(path / name) if whole is None else whole["checkpoints"][name]
-            return build(checkpoint, device), checkpoint["config"]
-        except (KeyError, TypeError, RuntimeError):  # some other model's checkpoint
-            raise UserError(f"{path / name}: the checkpoint of another model or another version") from None
+        checkpoint = data.load_checkpoint(path / name) if whole is None else whole.get("checkpoints", {}).get(name, {})
+        return rebuild(build, checkpoint, device, path / name), checkpoint.get("config")
 
     tokenizer, _ = load("tokenizer.pt", vqgan.build_tokenizer)
     backbone, config = load("backbone.pt", build_backbone)
@@ -628,6 +637,8 @@ def reuse(path: Path, config: dict, stage: str, fresh: str | None) -> dict | Non
     difference = data.first_difference(checkpoint["config"], config)
     if difference:
         raise UserError(f"{path} was made with {difference}: give another --out, or --fresh {stage} to train again from there")
+    if "seconds" not in checkpoint:  # not one of `finish`
+        raise UserError(f"{path}: not a checkpoint of this stage; remove it, or give another --out")
     print(f"{stage}: reusing {path}")
     return checkpoint
 
@@ -683,7 +694,7 @@ def parse_arguments():
     parser = data.Parser(description="Train tokenizer, backbone and refiners; measure what refinement repaired.")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of everything (default: toy)")
     parser.add_argument("--out", default=None, help="folder for checkpoints, metrics and pictures (default: runs/PRESET)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and batches")
+    parser.add_argument("--seed", type=data.seed, default=0, help="of data, initialisation and batches")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     parser.add_argument("--inputs", nargs="+", choices=vsr.INPUTS, default=["tokens", "hidden"], help="refiners to train")
@@ -726,12 +737,14 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
     # 1. The tokenizer
     path, began = out / "tokenizer.pt", time.perf_counter()
     stage_config = {"run": run, "data": scenes, "vqgan": asdict(config["vqgan"])}
+    if sentences.fingerprint:
+        stage_config["pictures"] = sentences.fingerprint
     checkpoint = reuse(path, stage_config, "tokenizer", fresh)
     if checkpoint is None:
         progress = path.with_suffix(".progress"), stage_config
         model, log = vqgan.train_tokenizer(config["vqgan"], sentences, device, dtype, seed, progress)
         checkpoint = trained_stage(path, stage_config, model, log, began)
-    tokenizer = vqgan.build_tokenizer(checkpoint, device)
+    tokenizer = rebuild(vqgan.build_tokenizer, checkpoint, device, path)
     codebook = tokenizer.codebook.vectors
     logs["tokenizer"], seconds["tokenizer"] = checkpoint["log"], checkpoint["seconds"]
 
@@ -750,7 +763,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
             config["gpt"], tokens["train"], tokens["val"], len(codebook), device, dtype, seed, compile, progress=progress
         )
         checkpoint = trained_stage(path, stage_config, model, log, began)
-    backbone = build_backbone(checkpoint, device)
+    backbone = rebuild(build_backbone, checkpoint, device, path)
     logs["backbone"], seconds["backbone"] = checkpoint["log"], checkpoint["seconds"]
 
     # 3. Rollouts of the frozen backbone
@@ -784,7 +797,7 @@ def train_models(out: Path, config: dict, inputs, sentences, device, dtype, seed
                 progress=(path.with_suffix(".progress"), refiner_config),
             )
             checkpoint = trained_stage(path, refiner_config, model, log, began)
-        refiners[name] = build_refiner(checkpoint, device)
+        refiners[name] = rebuild(build_refiner, checkpoint, device, path)
         logs[f"refiner_{name}"], seconds[f"refiner_{name}"] = checkpoint["log"], checkpoint["seconds"]
     return Trained(tokenizer, backbone, refiners, tokens, generated, logs, seconds)
 
@@ -805,8 +818,13 @@ def main():
     if args.weights:
         if Path(args.weights).suffix != ".pt":
             raise UserError(f"--weights {args.weights}: expected a file name that ends in .pt")
+        if Path(args.weights).resolve().parent == out.resolve():
+            raise UserError(f"--weights {args.weights}: --out is for the checkpoints of the stages; give another folder")
         data.check_writable(Path(args.weights).parent, "--weights")
     sentences = data.Sentences(config["data"], args.seed)
+    tested = data.joined(sentences.batches("test", config["data"].eval_sentences))[1]
+    if len(tested.unique()) < len(TASKS):
+        raise UserError(f"--eval-sentences {len(tested)}: too few, one of the tasks does not come up; give more")
     trained = train_models(out, config, args.inputs, sentences, device, dtype, args.seed, args.fresh, args.compile)
     if not data.end_processes():
         return
@@ -854,4 +872,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    data.run_command(main, "Finished stages and saved steps are kept; the same command, without --fresh, goes on from there")

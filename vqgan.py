@@ -57,8 +57,10 @@ class VQGANConfig:
             if getattr(self, name) < 1:
                 raise data.UserError(f"--vqgan-{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         for name in ("res_blocks", "beta", "gradient_weight", "gan_weight"):
-            if not getattr(self, name) >= 0:
-                raise data.UserError(f"--vqgan-{name.replace('_', '-')} {getattr(self, name)}: expected at least 0")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise data.UserError(f"--vqgan-{name.replace('_', '-')} {getattr(self, name)}: expected a number, at least 0")
+        if not 0 <= self.gan_start <= 1:
+            raise data.UserError(f"--vqgan-gan-start {self.gan_start}: expected a share from 0 to 1")
         if not self.learning_rate > 0:
             raise data.UserError(f"--vqgan-learning-rate {self.learning_rate}: expected a number above 0")
 
@@ -422,7 +424,7 @@ def build_tokenizer(checkpoint: dict, device) -> VQGAN:
 def main():
     parser = data.Parser(description="Train the tokenizer alone and write a picture of its reconstructions.")
     parser.add_argument("--out", default="runs/tokenizer", help="folder for checkpoint and pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=data.seed, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16")
     parser.add_argument("--compare", action="store_true", help="without and with the adversarial loss, three seeds each")

@@ -511,7 +511,7 @@ def gap_closed(free_running: float, refined: float, teacher_forced: float) -> fl
     """(free-running - refined) / (free-running - teacher-forced): the share of the accumulated error that is repaired.
 
     0 repairs nothing, 1 repairs all that accumulation cost; above 1 is possible, below 0 makes it worse.
-    NaN where nothing has accumulated.
+    NaN where nothing has accumulated, or where the backbone does better on its own than on the true prefix.
     """
     accumulated = free_running - teacher_forced
-    return (free_running - refined) / accumulated if accumulated else math.nan
+    return (free_running - refined) / accumulated if accumulated > 0 else math.nan

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -209,6 +210,43 @@ def test_fresh_loses_nothing_when_an_earlier_stage_refuses(copied, command):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "backbone", "refiner_hidden"])
+def test_a_checkpoint_of_another_version_is_named(copied, command, stage):
+    folder, flags = copied
+    part = {"tokenizer": "vqgan", "backbone": "gpt", "refiner_hidden": "refiner"}[stage]
+    checkpoint = data.load_checkpoint(folder / f"{stage}.pt")
+    checkpoint["config"][part]["field_of_old"] = 1
+    data.save_checkpoint(folder / f"{stage}.pt", checkpoint)
+    result = command(train_refiner, *flags)
+    assert (result.status, len(result.err)) == (2, 1)
+    assert f"{stage}.pt: the checkpoint of another model or another version" in result.err[0]
+
+
+def test_a_folder_that_has_changed_is_not_put_together_with_models_of_the_old_one(command, tmp_path):
+    """Another picture changes which ones are drawn: the old rollouts would be paired with other sentences' targets."""
+    generator = torch.Generator().manual_seed(0)
+    for split in data.SPLITS:
+        for number in range(4):
+            pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            path = tmp_path / "pictures" / split / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(path)
+    flags = [*TINY, "--data", f"folder:{tmp_path / 'pictures'}", "--out", tmp_path / "run", "--inputs", "tokens"]
+    assert command(train_refiner, *flags).status == 0
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / "train" / "more.png")
+    result = command(train_refiner, *flags, "hidden")
+    assert (result.status, len(result.err)) == (2, 1)
+    assert "tokenizer.pt was made with pictures = " in result.err[0]
+
+    # One's own demonstrations need the folder no more
+    shutil.rmtree(tmp_path / "pictures" / "val")
+    own = [tmp_path / "pictures" / "train" / f"{number}.png" for number in range(3)]
+    show = ["--run", tmp_path / "run", "--out", tmp_path / "picture.png", "--query", own[0]]
+    assert command(generate, *show, "--demos", *own[1:]).status == 0
+    assert (tmp_path / "picture.png").is_file()
+    assert "too few images" in command(generate, *show, "--task", "edges").err[-1]
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(command, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         result = command(train_refiner, *TINY, "--seed", seed, "--inputs", "tokens", "--out", tmp_path / name)
@@ -335,17 +373,29 @@ MISTAKES = {
         ("--inputs pixels", "--inputs"),
         ("--fresh everything", "--fresh"),
         ("--eval-sentences 3", "--eval-sentences"),
+        ("--eval-sentences 16 --image-size 16 --seed 137", "--eval-sentences 16"),  # no inpainting among the 16
+        ("--seed 99999999999999999999999", "--seed"),
+        ("--seed -1", "--seed"),
         ("--gpt-learning-rate -1", "--gpt-learning-rate"),
         ("--vqgan-beta -1", "--vqgan-beta"),
+        ("--vqgan-beta inf", "--vqgan-beta"),
+        ("--vqgan-gan-weight 0.5 --vqgan-gan-start nan", "--vqgan-gan-start"),
+        ("--device meta", "--device meta"),
         ("--device abacus", "--device abacus"),
         ("--dtype int3", "--dtype int3"),
         ("--out {tmp}/file/below", "--out"),
         ("--palette rainbow", "--palette rainbow"),
         ("--weights {tmp}/weights.bin", "--weights"),
         ("--weights {tmp}/file/below.pt", "--weights"),
+        ("--out {tmp} --weights {tmp}/backbone.pt", "--weights"),
     ],
     vqgan: [("--vqgan-codebook-size 0", "--vqgan-codebook-size 0"), ("--out {tmp}/file/below", "--out")],
-    data: [("--data pictures", "--data pictures"), ("--image-size 20", "--image-size 20")],
+    data: [
+        ("--data pictures", "--data pictures"),
+        ("--image-size 20", "--image-size 20"),
+        ("--palette rainbow", "--palette rainbow"),
+        ("--out {tmp}/file/below", "--out"),
+    ],
     study: [
         ("pictures", "pictures"),
         ("", "STUDY"),
@@ -376,6 +426,8 @@ MISTAKES = {
         ("--run {run} --out {tmp}/file/below.png", "--out"),
         ("--run {run} --top-p 1.5", "--top-p"),
         ("--run {run} --temperature hot", "--temperature"),
+        ("--run {run} --temperature 1e-40", "--temperature"),
+        ("--run {run} --out=", "--out"),
         ("--run {run} --task cook", "--task"),
         ("--run {run} --device abacus", "--device abacus"),
     ],

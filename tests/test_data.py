@@ -332,6 +332,13 @@ def test_a_bad_checkpoint_is_named_and_its_code_is_not_run(tmp_path, kind):
         assert touched.exists(), "the attack itself must work, or this test shows nothing"
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_named_not_clipped(tmp_path, mode):
+    Image.new(mode, (16, 16)).save(tmp_path / "picture.tif")
+    with pytest.raises(UserError, match=r"picture\.tif: .*8 or 16"):
+        data.load_image(tmp_path / "picture.tif", 16)
+
+
 def test_contact_sheets(command, tmp_path):
     result = command(data, "--out", tmp_path, "--data", "shapes")
     assert result.status == 0

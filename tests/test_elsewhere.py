@@ -98,3 +98,9 @@ def toy_write(prompts):
 def test_shapes_that_do_not_fit_are_named(truth, grid, codebook, line):
     with pytest.raises(ValueError, match=line):
         train_refiner.refiner_for(toy_write, torch.zeros(8, 3 * N, dtype=torch.long), truth, codebook, grid, "tokens", CONFIG)
+
+
+def test_states_that_are_not_there_are_named():
+    zeros = torch.zeros(8, 3 * N, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"inputs 'hidden': `write` gave no such states"):
+        train_refiner.refiner_for(toy_write, zeros, zeros[:, :N], torch.randn(V, 8), GRID, "hidden", CONFIG)

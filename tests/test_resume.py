@@ -98,6 +98,17 @@ def test_ctrl_c_lets_the_step_end_and_saves(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(train(progress), train(None), strict=True))
 
 
+def test_ctrl_c_says_what_is_saved_when_the_weights_are_no_numbers(tmp_path):
+    def spoil(step, model):
+        if step == 15:
+            model[0].weight.data.fill_(torch.nan)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="step 10 of 40 is saved"):
+        train((tmp_path / "trial.progress", {}), meanwhile=spoil)
+    assert data.load_checkpoint(tmp_path / "trial.progress")["step"] == 10
+
+
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     def twice(step, model):
         for _ in range(2):
@@ -154,6 +165,7 @@ def test_a_real_run_killed_in_every_stage_ends_with_the_same_weights(tmp_path):
         _, errors = run.communicate()
         assert run.returncode == (130 if stage == "backbone" else -signal.SIGKILL)
         assert ("interrupted. backbone: step" in errors) == (stage == "backbone")
+        assert ("is saved. Finished stages and saved steps are kept; " in errors) == (stage == "backbone")
     run = start(tmp_path / "killed")
     printed, errors = run.communicate()
     assert run.returncode == 0, errors

@@ -110,6 +110,13 @@ def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, tmp_path)
     assert not list(tmp_path.glob("*/unfinished-*"))
 
 
+@pytest.mark.parametrize("name", ["passes", "probe"])
+def test_a_study_alone_trains_what_it_needs(command, tmp_path, name):
+    flags = [*TINY, "--seeds", "1", "--out", tmp_path / "results", "--work", tmp_path / "work"]
+    assert command(study, name, *flags).status == 0
+    assert len(result_of(tmp_path / "results", name)["cells"]) == 1
+
+
 def test_operations_are_those_that_torch_counts():
     gpt = vsr.GPT(vsr.GPTConfig(layers=2, heads=2, width=16), V, N, IMAGES)
     with FlopCounterMode(display=False) as counter:

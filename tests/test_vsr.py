@@ -1,6 +1,7 @@
 """The method: causal backbone, cached generation, sampling, the refiner, and what is measured."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -421,6 +422,11 @@ def test_expected_embedding(codebook):
     assert torch.equal(vsr.expected_embedding(F.one_hot(tokens, V) * 100.0, codebook), tokens)
     square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.8]])  # half of each of the first two is nearest to the third
     assert vsr.expected_embedding(torch.tensor([[[5.0, 5.0, -99.0]]]), square).item() == 2
+
+
+def test_a_gap_is_closed_only_where_there_is_one():
+    assert math.isnan(vsr.gap_closed(0.1, 0.2, 0.1))
+    assert math.isnan(vsr.gap_closed(0.1, 0.2, 0.15)), "the backbone is better on its own: harm must not look like repair"
 
 
 @pytest.mark.parametrize(("refined", "expected"), [(0.5, 0), (0.1, 1), (0.3, 0.5), (0.7, -0.5), (0.0, 1.25)])
