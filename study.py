@@ -381,7 +381,7 @@ def pooled_difference(cells: list, a: str, b: str, name: str) -> torch.Tensor:
 def show_main(cells: list) -> tuple[str, dict]:
     """The main table; PSNR gained by task; and how much worse than the refiner each control is, with intervals."""
     lines = [
-        f"mean (± standard deviation) over {len(cells)} seeds, {len(cells[0]['task'])} test sentences each",
+        f"mean (± standard deviation) over {len(cells)} seeds, {len(cells[0]['task'])} test sentences each; costs are medians",
         f"{'':20}{'cosine error':>18}" + "".join(f"{task:>10}" for task in TASKS)
         + f"{'gap closed':>16}{'tokens':>8}{'PSNR':>7}{'SSIM':>7}{'trained':>9}{'seconds':>9}{'overhead':>10}",
     ]  # fmt: skip
@@ -397,9 +397,9 @@ def show_main(cells: list) -> tuple[str, dict]:
         )
         costs = [cell["cost"].get(method, {}) for cell in cells]
         if costs[0]:
-            row += f"{costs[0]['params'] / 1e6:8.2f}M{statistics.fmean(c['seconds'] for c in costs):9.0f}"
+            row += f"{costs[0]['params'] / 1e6:8.2f}M{statistics.median(c['seconds'] for c in costs):9.0f}"
             overheads = [c["overhead"] for c in costs if "overhead" in c]
-            row += f"{statistics.fmean(overheads):10.1%}" if overheads else ""
+            row += f"{statistics.median(overheads):10.1%}" if overheads else ""
         lines.append(row.rstrip())
 
     lines += ["", f"{'gained over ar_greedy':36}" + "".join(f"{name + ', dB':>27}" for name in ("all", *TASKS))]
