@@ -677,13 +677,43 @@ class Anywhere(Refiner):
             nn.init.zeros_(block.attention.relative.table)
 
 
+class MorePositions(Refiner):
+    """A refiner that reads the states over src_q as N more positions, for keys and values only, not at its own ones.
+
+    Their keys have relative biases of their own, and every head starts by looking at its own place among them too.
+    """
+
+    def __init__(self, config, inputs, grid, *dims):
+        super().__init__(config, inputs, grid, *dims)
+        self.relative = nn.ModuleList(vsr.RelativeBias(config.heads, grid) for _ in self.blocks)
+        for relative in self.relative:
+            nn.init.zeros_(relative.table)
+            nn.init.constant_(relative.table[:, relative.place[0, 0]], 5.0)
+
+    def moves(self, embeddings, hidden, context):
+        N = embeddings.shape[1]
+        place = (self.row_embedding.weight[:, None] + self.column_embedding.weight[None]).flatten(0, 1)  # (N, C)
+        x = self.read_code(embeddings) + place + self.read_hidden(hidden.float())  # (B, N, C)
+        more = self.read_context(context.float()) + place  # (B, N, C)
+        for block, relative in zip(self.blocks, self.relative, strict=True):
+            attention, both = block.attention, block.norm1(torch.cat([x, more], dim=1))  # (B, 2N, C)
+            q, k, v = attention.qkv(both).view(len(x), 2 * N, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+            bias = torch.cat([attention.relative(), relative()], dim=-1)  # (H, N, 2N)
+            read = vsr.attend(q[:, :, :N], k, v, bias=bias)  # (B, H, N, d)
+            x = x + block.dropout(attention.out(read.transpose(1, 2).flatten(2)))
+            x = x + block.dropout(block.mlp(block.norm2(x)))
+        return self.move(self.norm(x)).float()
+
+
 def run_reading(lab: Lab, seed: int) -> dict:
-    """What the refiner reads, with and without attention; and attention that does not start at the neighbours."""
+    """What the refiner reads, with and without attention; states of the query elsewhere; heads without a first place."""
     settings = {}
     for inputs in vsr.INPUTS:
         settings[inputs] = {"inputs": inputs}
         settings[f"{inputs}, no attention"] = {"inputs": inputs, "attention": False}
-    return fit_each(lab, seed, {**settings, "hidden, heads start anywhere": {"make": Anywhere}})
+    settings["context as more positions"] = {"inputs": "context", "make": MorePositions}
+    settings["hidden, heads start anywhere"] = {"make": Anywhere}
+    return fit_each(lab, seed, settings)
 
 
 class Absolute(Refiner):
