@@ -118,6 +118,7 @@ def check_gap_closed(gap_closed) -> None:
             diagnose(got, mistakes, f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: {meaning}")
     generator = torch.Generator().manual_seed(0)
     for a, r, t in torch.rand(20, 3, generator=generator, dtype=torch.float64).tolist():
+        t, a = sorted((t, a))  # the backbone alone is the worse one: something has accumulated
         got, expected = value(a, r, t), (a - r) / (a - t)
         expect(close(got, expected), f"gap_closed({a:.3f}, {r:.3f}, {t:.3f}) gave {got:.4g}, expected {expected:.4g}")
     try:
