@@ -1,23 +1,25 @@
-"""Fixtures shared by all tests: one finished (very small) run, and a way to call a command in this process."""
+"""Fixtures shared by all tests: one finished (very small) run, and a way to call a command here."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import data
+import runtime
 
 ROOT = Path(__file__).parent.parent
 CPU = ("--device", "cpu", "--dtype", "float32")
-SMOKE = [
-    *("--preset", "smoke", "--train-sentences", "128", "--eval-sentences", "48", "--vqgan-steps", "40"),
-    *("--gpt-steps", "40", "--refiner-rollouts", "64", "--refiner-steps", "20"),
-]
+SMOKE = """
+    --preset smoke --image-size 16 --train-sentences 128 --eval-sentences 48
+    --vqgan-steps 40 --gpt-steps 40 --refiner-rollouts 64 --refiner-steps 20
+"""
 
 torch.set_num_threads(1)
 
@@ -31,7 +33,7 @@ def seed():
 def smoke(tmp_path_factory):
     """A finished run of the real command: its folder, its flags, and what it printed."""
     out = tmp_path_factory.mktemp("smoke") / "run"
-    flags = [*SMOKE, *CPU, "--out", str(out)]
+    flags = [*SMOKE.split(), *CPU, "--out", str(out)]
     result = subprocess.run(
         [sys.executable, ROOT / "train_refiner.py", *flags],
         cwd=out.parent,
@@ -50,21 +52,19 @@ def copied(smoke, tmp_path):
     return tmp_path / "run", [*smoke.flags[:-1], tmp_path / "run"]
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(module, *flags) runs a command in this process: exit status, stdout, and stderr without progress bars."""
+@pytest.fixture(scope="session")
+def command():
+    """command(module, *flags) runs a command here: exit status, stdout, and stderr without progress bars."""
 
     def run(module, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        capsys.readouterr()
-        status = 0
-        try:
-            data.run_command(module.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(
-            status=status, out=out, err=[line for line in err.splitlines() if line.strip() and "%|" not in line]
-        )
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+            try:
+                runtime.run_command(module.main)
+            except SystemExit as stop:
+                status = stop.code
+        lines = [line for line in err.getvalue().splitlines() if line.strip() and "%|" not in line]
+        return SimpleNamespace(status=status, out=out.getvalue(), err=lines)
 
     return run

@@ -1,15 +1,12 @@
-"""Datasets, tasks, folders of images, and files that are written and read back."""
-
-import json
-import pickle
-from pathlib import Path
+"""Datasets, tasks, and folders of images."""
 
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import DataConfig, Sentences, UserError
+from data import DataConfig, Sentences
+from runtime import UserError
 
 
 def scenes_of(sentences: Sentences, split: str, n: int, seed: int = 0) -> torch.Tensor:
@@ -26,14 +23,17 @@ def as_bytes(images: torch.Tensor) -> set[bytes]:
 def photos(tmp_path):
     """A folder with 150 small random pictures, in sub-folders."""
     for i in range(150):
-        pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(i)
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
         path = tmp_path / "photos" / f"{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(path)
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize(("name", "size", "demos"), [("shapes", 32, 1), ("shapes", 64, 3), ("glyphs", 32, 2), ("glyphs", 64, 1)])
+@pytest.mark.parametrize(
+    ("name", "size", "demos"), [("shapes", 32, 1), ("shapes", 64, 3), ("glyphs", 32, 2), ("glyphs", 64, 1)]
+)
 def test_sentences_have_the_documented_shape_and_range(name, size, demos):
     images, task = Sentences(DataConfig(data=name, image_size=size, num_demos=demos))("train", 0, 40)
     assert images.shape == (40, 2 * demos + 2, 3, size, size)
@@ -45,7 +45,7 @@ def test_sentences_have_the_documented_shape_and_range(name, size, demos):
 
 @pytest.mark.parametrize("name", ["shapes", "glyphs"])
 def test_sentences_depend_on_seed_split_and_index_alone(name):
-    config = DataConfig(data=name)
+    config = DataConfig(data=name, image_size=16)
     sentences = Sentences(config, seed=5)
     images, task = sentences("train", 3, 8)
     sentences("val", 0, 8)
@@ -93,10 +93,10 @@ def test_a_palette_of_its_own_rotates_the_hues_of_a_whole_sentence(monkeypatch):
     unturned = [(turned(0) == turned(turn)).all(1) for turn in (1, 2)]
     assert torch.equal(*unturned), "places, shapes and background stay"
     turns, draw = [], data.draw_scenes
-    monkeypatch.setattr(data, "draw_scenes", lambda masks, turn, generator: turns.append(turn) or draw(masks, turn, generator))
+    monkeypatch.setattr(data, "draw_scenes", lambda m, turn, g: turns.append(turn) or draw(m, turn, g))
     Sentences(DataConfig(palette="sentence", num_demos=2))("train", 0, 64)
     by_sentence = turns[0].view(64, 3)
-    assert torch.equal(by_sentence, by_sentence[:, :1].expand(-1, 3)), "one rotation for all scenes of a sentence"
+    assert torch.equal(by_sentence, by_sentence[:, :1].expand(-1, 3)), "one rotation for a whole sentence"
     assert by_sentence.unique().tolist() == list(range(len(masks)))
     turns.clear()
     Sentences(DataConfig())("train", 0, 64)
@@ -107,10 +107,15 @@ def test_a_palette_of_its_own_rotates_the_hues_of_a_whole_sentence(monkeypatch):
         DataConfig(palette="rainbow")
 
 
-@pytest.mark.parametrize(("name", "palette"), [("shapes", "fixed"), ("shapes", "sentence"), ("glyphs", "fixed")])
+@pytest.mark.parametrize(
+    ("name", "palette"), [("shapes", "fixed"), ("shapes", "sentence"), ("glyphs", "fixed")]
+)
 def test_no_picture_is_in_two_splits(name, palette):
-    sentences = Sentences(DataConfig(data=name, palette=palette))
-    train, val, test = (as_bytes(scenes_of(sentences, split, 1000)) for split in data.SPLITS)
+    sentences = Sentences(DataConfig(data=name, image_size=16, palette=palette))
+    scenes = [scenes_of(sentences, split, 1000) for split in data.SPLITS]
+    for number, pictures in enumerate(scenes):
+        assert (data.split_of(data.to_float(pictures)) == number).all()
+    train, val, test = map(as_bytes, scenes)
     assert min(len(train), len(val), len(test)) > 900
     assert not train & val
     assert not train & test
@@ -163,7 +168,7 @@ def test_edges_of_a_flat_image_are_black():
 
 @pytest.mark.parametrize(("step", "expected"), [(0.25, -0.5), (0.5, 0.0), (1.0, 1.0), (1.8, 1.0)])
 def test_edges_of_a_vertical_step(step, expected):
-    """|g| is the step itself, at most 1; black is -1 and white 1. The strongest of the three channels counts."""
+    """|g| is the step itself, at most 1; black is -1 and white 1. The strongest of three channels counts."""
     images = torch.zeros(1, 3, 16, 16)
     images[:, 1, :, 8:] = step
     images[:, 2, :, 8:] = -step / 2
@@ -275,61 +280,6 @@ def test_no_scene_comes_twice_in_a_sentence_from_a_folder(tmp_path):
     scenes = data.to_uint8(sentences.scenes("val", 50, torch.Generator().manual_seed(0)))
     for levels in scenes[..., 0, 0, 0].tolist():
         assert sorted(levels) == [60, 69, 78, 87]
-
-
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "file.txt"
-    data.write_whole(path, lambda p: p.write_text("old"))
-
-    def fail(p):
-        p.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(data.UserError, match="disk full"):
-        data.write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_and_checkpoints_are_read_back(tmp_path):
-    data.save_json(tmp_path / "new" / "x.json", {"a": [1, None]})
-    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": [1, None]}
-    data.save_checkpoint(tmp_path / "x.pt", {"config": {"k": 1}, "weight": torch.arange(3)})
-    content = data.load_checkpoint(tmp_path / "x.pt")
-    assert content["config"] == {"k": 1}
-    assert content["weight"].tolist() == [0, 1, 2]
-
-
-class Touch:
-    """Unpickling this would create a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "foreign", "code", "plain pickle"])
-def test_a_bad_checkpoint_is_named_and_its_code_is_not_run(tmp_path, kind):
-    path, touched = tmp_path / "bad.pt", tmp_path / "touched"
-    data.save_checkpoint(tmp_path / "good.pt", {"config": {}, "weight": torch.zeros(999)})
-    if kind == "truncated":
-        path.write_bytes((tmp_path / "good.pt").read_bytes()[:2000])
-    elif kind == "text":
-        path.write_text("hello")
-    elif kind == "foreign":
-        torch.save({"state_dict": {}}, path)
-    elif kind == "code":
-        torch.save({"config": {}, "x": Touch(touched)}, path)
-    elif kind == "plain pickle":
-        path.write_bytes(pickle.dumps({"config": {}, "x": Touch(touched)}, protocol=2))
-    with pytest.raises(UserError, match=r"bad\.pt"):
-        data.load_checkpoint(path)
-    assert not touched.exists()
-    if kind == "plain pickle":
-        pickle.loads(path.read_bytes())
-        assert touched.exists(), "the attack itself must work, or this test shows nothing"
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

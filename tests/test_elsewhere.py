@@ -1,7 +1,7 @@
-"""The refiner on models that this project did not write: a LLaMA of `transformers` over the codebook of a `diffusers` VQ model.
+"""The refiner on models that this project did not write.
 
-Optional: `pip install transformers diffusers`. Nothing is downloaded; both are built from a configuration and trained
-for some seconds on toy sentences.
+A LLaMA of `transformers` over the codebook of a `diffusers` VQ model. Optional: `pip install transformers
+diffusers`. Nothing is downloaded; both are built from a configuration and trained for some seconds.
 """
 
 import pytest
@@ -12,7 +12,8 @@ import data
 import train_refiner
 import vsr
 
-GRID, N, V, OFFSET = (4, 4), 16, 64, 3  # the vocabulary starts with three special tokens, as those of text models do
+GRID, N, V = (4, 4), 16, 64
+OFFSET = 3  # the vocabulary starts with three special tokens, as those of text models do
 CONFIG = vsr.RefinerConfig(layers=1, heads=4, width=32, steps=150, batch_size=32)
 
 
@@ -24,9 +25,8 @@ def elsewhere():
     sentences = data.Sentences(data.DataConfig(image_size=16), seed=0)
     images = torch.cat([sentences("train", index, 64)[0] for index in range(8)])  # (512, 4, 3, 16, 16)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    tokenizer = diffusers.VQModel(
-        block_out_channels=[16, 16, 32], num_vq_embeddings=V, vq_embed_dim=8, latent_channels=8, norm_num_groups=8, **blocks
-    )
+    sizes = {"vq_embed_dim": 8, "latent_channels": 8, "norm_num_groups": 8}
+    tokenizer = diffusers.VQModel(block_out_channels=[16, 16, 32], num_vq_embeddings=V, **sizes, **blocks)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3)
     for _ in range(120):
         batch = images.flatten(0, 1)[torch.randint(2048, (64,))]
@@ -38,13 +38,15 @@ def elsewhere():
     tokenizer.eval().requires_grad_(False)
     latents = tokenizer.encode(images.flatten(0, 1)).latents  # (2048, 8, 4, 4)
     vectors = latents.movedim(1, -1).flatten(0, 2)
-    tokenizer.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:V]])  # codes where the latents are
+    codes = vectors[torch.randperm(len(vectors))[:V]]  # codes where the latents are
+    tokenizer.quantize.embedding.weight.copy_(codes)
     tokens = tokenizer.quantize(latents)[2][2].view(512, 4 * N)
 
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = transformers.LlamaConfig(
-        vocab_size=V + OFFSET, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=4 * N, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=V + OFFSET, max_position_embeddings=4 * N, **sizes, **special
+    )
     llama = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
     for _ in range(150):
@@ -57,33 +59,45 @@ def elsewhere():
 
     def write(prompts):
         out = llama.generate(
-            prompts + OFFSET, attention_mask=torch.ones_like(prompts), min_new_tokens=N, max_new_tokens=N, do_sample=False,
-            output_hidden_states=True, return_dict_in_generate=True, suppress_tokens=list(range(OFFSET)),
-        )  # fmt: skip
-        hidden = torch.cat([step[-1][:, -1:] for step in out.hidden_states], dim=1)  # (B, N, C): one state a new token
-        return vsr.Rollout(out.sequences[:, -N:] - OFFSET, hidden, None)
+            prompts + OFFSET,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=N,
+            max_new_tokens=N,
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+            suppress_tokens=list(range(OFFSET)),
+        )
+        steps = out.hidden_states  # the first: all of the prompt; then one new token each
+        states = torch.cat([step[-1][:, -1:] for step in steps], dim=1)  # (B, N, C)
+        query = steps[0][-1][:, -N:]  # (B, N, C): over src_q, the last image of the prompt
+        return vsr.Rollout(out.sequences[:, -N:] - OFFSET, states, query)
 
     return write, tokens, tokenizer.quantize.embedding.weight, [*llama.parameters(), *tokenizer.parameters()]
 
 
-@pytest.mark.parametrize("inputs", ["tokens", "hidden"])
-def test_a_llama_over_the_codebook_of_another_library(elsewhere, inputs):
+@pytest.mark.parametrize("reads", [("tokens",), ("tokens", "query"), ("query",)], ids="+".join)
+def test_a_llama_over_the_codebook_of_another_library(elsewhere, reads):
     write, tokens, codebook, frozen = elsewhere
     before = [p.clone() for p in frozen]
     prompts, truth = tokens[:, :-N], tokens[:, -N:]
-    refiner, log = train_refiner.refiner_for(write, prompts[:448], truth[:448], codebook, GRID, inputs, CONFIG)
+    refiner, log = train_refiner.refiner_for(write, prompts[:448], truth[:448], codebook, GRID, reads, CONFIG)
     assert log["val_loss"][-1] < log["val_loss"][0]
     assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
     with torch.no_grad():
         rollout = write(prompts[448:])
-    refined, _ = vsr.refine(refiner, codebook, rollout.tokens, hidden=rollout.hidden)
+    refined, _ = vsr.refine(refiner, codebook, *rollout)
     error = [vsr.cosine_error(y, truth[448:], codebook).mean().item() for y in (rollout.tokens, refined)]
     assert error[0] > 0.02  # there is something to repair
-    assert error[1] < error[0]
+    if "tokens" in reads:  # the control reads nothing that was written
+        assert error[1] < error[0]
+
+
+ZEROS = torch.zeros(8, 3 * N, dtype=torch.long)
 
 
 def toy_write(prompts):
-    return vsr.Rollout(prompts[:, -N:], None, None)
+    return vsr.Rollout(prompts[:, -N:])
 
 
 @pytest.mark.parametrize(
@@ -97,10 +111,30 @@ def toy_write(prompts):
 )
 def test_shapes_that_do_not_fit_are_named(truth, grid, codebook, line):
     with pytest.raises(ValueError, match=line):
-        train_refiner.refiner_for(toy_write, torch.zeros(8, 3 * N, dtype=torch.long), truth, codebook, grid, "tokens", CONFIG)
+        train_refiner.refiner_for(toy_write, ZEROS, truth, codebook, grid, ("tokens",), CONFIG)
 
 
-def test_states_that_are_not_there_are_named():
-    zeros = torch.zeros(8, 3 * N, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"inputs 'hidden': `write` gave no such states"):
-        train_refiner.refiner_for(toy_write, zeros, zeros[:, :N], torch.randn(V, 8), GRID, "hidden", CONFIG)
+@pytest.mark.parametrize("source", ["states", "query"])
+def test_states_that_are_not_there_are_named(source):
+    arguments = toy_write, ZEROS, ZEROS[:, :N], torch.randn(V, 8), GRID
+    with pytest.raises(ValueError, match=f"`write` gave no {source}"):
+        train_refiner.refiner_for(*arguments, ("tokens", source), CONFIG)
+
+
+@pytest.mark.parametrize("reads", [("tokens",), ("query",)], ids="+".join)
+def test_what_is_not_read_need_not_be_there(reads):
+    """Also without the two libraries: a model that copies the query, where each code is one too low."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(V, (32, N), generator=generator)
+    codebook = torch.randn(V, 8, generator=generator)
+
+    def write(prompts):
+        return vsr.Rollout(prompts, query=codebook[prompts] if "query" in reads else None)
+
+    config = vsr.RefinerConfig(
+        layers=1, heads=2, width=16, rollouts=32, steps=10, batch_size=8, rollout_batch=5
+    )
+    refiner, log = train_refiner.refiner_for(write, prompts, (prompts + 1) % V, codebook, GRID, reads, config)
+    assert log["val_loss"][-1] < log["val_loss"][0]
+    assert refiner.reads == reads
+    assert vsr.refine(refiner, codebook, *write(prompts))[0].shape == prompts.shape

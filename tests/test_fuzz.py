@@ -3,22 +3,25 @@
 import io
 import pickle
 import random
+import re
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 import data
+import evaluate
+import runtime
 import train_refiner
-from data import UserError
+from runtime import UserError
 
 
 def picture(ending, frames=1, size=(20, 16), mode="RGB"):
     image = Image.linear_gradient("L").resize(size).convert(mode)
     ImageDraw.Draw(image).ellipse((3, 3, 12, 12), fill=1)
     file = io.BytesIO()
-    options = {"save_all": True, "append_images": [image.rotate(9 * i) for i in range(1, frames)]} if frames > 1 else {}
-    image.save(file, ending, **options)
+    more = [image.rotate(9 * i) for i in range(1, frames)]
+    image.save(file, ending, **({"save_all": True, "append_images": more} if more else {}))
     return file.getvalue()
 
 
@@ -57,21 +60,20 @@ def test_a_damaged_image_is_read_or_named(tmp_path, ending):
     assert refused
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        picture("GIF", frames=4),
-        picture("WEBP", frames=3),
-        picture("PNG", size=(1, 1)),
-        picture("PNG", size=(1, 3000)),
-        picture("PNG", mode="1"),
-        picture("PNG", mode="I;16"),
-        picture("PNG", mode="P"),
-        picture("PNG", mode="LA"),
-        picture("JPEG", mode="CMYK"),
-    ],
-    ids=["animated gif", "animated webp", "one pixel", "one line", "1 bit", "16 bit", "palette", "alpha", "CMYK"],
-)
+UNUSUAL = {
+    "animated gif": picture("GIF", frames=4),
+    "animated webp": picture("WEBP", frames=3),
+    "one pixel": picture("PNG", size=(1, 1)),
+    "one line": picture("PNG", size=(1, 3000)),
+    "1 bit": picture("PNG", mode="1"),
+    "16 bit": picture("PNG", mode="I;16"),
+    "palette": picture("PNG", mode="P"),
+    "alpha": picture("PNG", mode="LA"),
+    "CMYK": picture("JPEG", mode="CMYK"),
+}
+
+
+@pytest.mark.parametrize("content", UNUSUAL.values(), ids=UNUSUAL)
 def test_an_unusual_image_is_read(tmp_path, content):
     (tmp_path / "picture").write_bytes(content)
     image = data.load_image(tmp_path / "picture", 16)
@@ -81,7 +83,8 @@ def test_an_unusual_image_is_read(tmp_path, content):
 
 def test_a_picture_that_would_fill_the_memory_is_named(tmp_path):
     header = picture("PNG")
-    huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]  # width and height in the header, little behind it
+    # width and height in the header, little behind it
+    huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
     (tmp_path / "huge.png").write_bytes(huge)
     with pytest.raises(UserError, match=r"huge\.png: cannot be read as an image"):
         data.load_image(tmp_path / "huge.png", 16)
@@ -93,7 +96,7 @@ def test_a_damaged_checkpoint_is_read_or_named(copied):
     for content in damaged(path.read_bytes(), 80):
         path.write_bytes(content)
         try:
-            train_refiner.load_run(folder, torch.device("cpu"))
+            evaluate.load_run(folder, torch.device("cpu"))
         except UserError as error:
             refused += 1
             assert str(path) in str(error)
@@ -106,22 +109,29 @@ class Boom:
         return (print, ("code ran",))
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    [{"config": {}}, {"config": {"vqgan": {}}}, {"config": 3}, {"model": {}}, [1, 2], torch.zeros(3), {"config": Boom()}],
-    ids=["empty config", "another config", "a number", "no config", "list", "tensor", "code"],
-)
-@pytest.mark.parametrize("name", ["tokenizer.pt", "backbone.pt", "refiner_hidden.pt"])
+FOREIGN = {
+    "empty config": {"config": {}},
+    "another config": {"config": {"vqgan": {}}},
+    "a number": {"config": 3},
+    "no config": {"model": {}},
+    "list": [1, 2],
+    "tensor": torch.zeros(3),
+    "code": {"config": Boom()},
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("name", ["tokenizer.pt", "backbone.pt", f"refiner_{train_refiner.READINGS[-1]}.pt"])
 def test_a_foreign_checkpoint_is_named(copied, capsys, foreign, name):
     folder, _ = copied
     torch.save(foreign, folder / name)
-    with pytest.raises(UserError, match=name):
-        train_refiner.load_run(folder, torch.device("cpu"))
+    with pytest.raises(UserError, match=re.escape(name)):
+        evaluate.load_run(folder, torch.device("cpu"))
     assert "code ran" not in capsys.readouterr().out
 
 
 def test_a_plain_pickle_with_code_in_it_is_not_run(tmp_path, capsys):
     (tmp_path / "tokenizer.pt").write_bytes(pickle.dumps({"config": Boom()}))
     with pytest.raises(UserError, match=r"tokenizer\.pt"):
-        data.load_checkpoint(tmp_path / "tokenizer.pt")
+        runtime.load_checkpoint(tmp_path / "tokenizer.pt")
     assert "code ran" not in capsys.readouterr().out

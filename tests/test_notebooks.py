@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./(\w+\.py)(#L\d+)?\)")  # [`vsr.Refiner.forward`](../vsr.py#L400)
+LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)(#L\d+)?\)")  # [`vsr.Refiner.forward`](../vsr.py#L400)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -47,13 +47,17 @@ def right_link(match: re.Match) -> str:
 def test_outputs_are_there_and_clean(path):
     assert path.stat().st_size < 1_000_000
     cells = cells_of(path, "code")
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "executed in another order"
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), (
+        "executed in another order"
+    )
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
     assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
     assert not any(cell["metadata"] for cell in cells), "timestamps or other metadata"
-    text = "\n".join([source_of(cell) for cell in cells] + ["".join(output.get("text", "")) for output in outputs])
+    text = "\n".join(
+        [source_of(cell) for cell in cells] + ["".join(output.get("text", "")) for output in outputs]
+    )
     assert not re.search(r"/home|/root|/tmp|/work|/Users|[A-Z]:\\|Warning", text)
 
 
@@ -71,12 +75,14 @@ def test_nothing_of_the_project_is_written_again(path):
     """A notebook imports classes and functions; it has no copy of its own."""
     project = {
         node.name
-        for file in ROOT.glob("*.py")
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("studies/*.py"))
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
     }
     tree = ast.parse("\n".join(source_of(cell) for cell in cells_of(path, "code")))
-    assert not project & {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert not project & {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
 
 
 def execute(path):
@@ -90,7 +96,9 @@ def execute(path):
 
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder, record_timing=False).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources=folder, record_timing=False
+    ).execute()
     return notebook
 
 
@@ -104,7 +112,7 @@ def test_runs(path):
 
 
 def tidy(notebook) -> None:
-    """Join pieces of printed text, put pictures into palettes of 256 colours where that is smaller, drop the rest."""
+    """Join pieces of printed text, put pictures into palettes of 256 colours if that is smaller."""
     from PIL import Image
 
     for cell in [cell for cell in notebook.cells if cell.cell_type == "code"]:

@@ -1,13 +1,19 @@
 """The tokenizer: quantization and its gradients, losses, revival, and reconstruction."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
+import runtime
+import train_refiner
 import vqgan
 from vqgan import VQGAN, Codebook, Discriminator, VQGANConfig
 
+CPU = torch.device("cpu")
 TINY = {"factor": 4, "codebook_size": 32, "code_dim": 8, "channels": 32, "res_blocks": 1}
 
 
@@ -45,12 +51,8 @@ def test_commitment_moves_the_encoder_only_and_codebook_loss_the_codes_only():
 def test_beta_weighs_the_encoders_term_in_training():
     """After one step with another beta, the encoder is another; codes and decoder are the same."""
     sentences = data.Sentences(data.DataConfig(image_size=16))
-    trained = [
-        vqgan.train_tokenizer(
-            VQGANConfig(**TINY, beta=beta, steps=1, batch_size=4), sentences, torch.device("cpu"), torch.float32
-        )[0].state_dict()
-        for beta in (0.0, 100.0)
-    ]
+    made = [VQGANConfig(**TINY, beta=beta, steps=1, batch_size=4) for beta in (0.0, 100.0)]
+    trained = [train_refiner.train_tokenizer(c, sentences, CPU, torch.float32)[0].state_dict() for c in made]
     same = {name: torch.equal(weight, trained[1][name]) for name, weight in trained[0].items()}
     assert same["codebook.weight"]
     assert all(equal for name, equal in same.items() if name.startswith("decoder"))
@@ -145,7 +147,9 @@ def test_discriminator_loss_leaves_the_generator_alone():
     assert all(p.grad is not None for p in discriminator.parameters())
 
 
-@pytest.mark.parametrize(("real", "fake", "expected"), [(0, 0, 1), (1, -1, 0), (2, -3, 0), (-1, 1, 2), (0.5, 0, 0.75)])
+@pytest.mark.parametrize(
+    ("real", "fake", "expected"), [(0, 0, 1), (1, -1, 0), (2, -3, 0), (-1, 1, 2), (0.5, 0, 0.75)]
+)
 def test_hinge_loss_of_constant_logits(real, fake, expected):
     logits = torch.tensor([[real], [fake]], dtype=torch.float32)
     loss = vqgan.discriminator_loss(lambda images: images, logits[0], logits[1])
@@ -178,7 +182,8 @@ def test_ssim():
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
     expected = (2 * 0.5 * -0.25 + 0.0004) / (0.5**2 + 0.25**2 + 0.0004)
     assert vqgan.ssim(a, b).item() == pytest.approx(expected, abs=1e-5)
-    assert vqgan.ssim(truth, truth.flip(0))[0] == pytest.approx(vqgan.ssim(truth[:1], truth[1:])[0].item(), abs=1e-6)
+    alone = vqgan.ssim(truth[:1], truth[1:])[0].item()
+    assert vqgan.ssim(truth, truth.flip(0))[0] == pytest.approx(alone, abs=1e-6)
 
 
 def test_gradient_loss_ignores_brightness_and_sees_edges():
@@ -190,25 +195,26 @@ def test_gradient_loss_ignores_brightness_and_sees_edges():
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [vqgan.scheduled_rate(step, 1000, 2.0) for step in range(1000)]
+    rates = [train_refiner.scheduled_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] < 0.1
     assert max(rates) == pytest.approx(2.0, rel=0.03)
     assert rates[-1] == pytest.approx(0.04)
     assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
-def test_overfits_one_batch(model):
-    images, _ = data.Sentences(data.DataConfig())("train", 0, 2)
+def test_overfits_one_batch():
+    model = VQGAN(VQGANConfig(**TINY), 16)
+    images, _ = data.Sentences(data.DataConfig(image_size=16))("train", 0, 2)
     images = images.flatten(0, 1)[:4]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(200):
+    for step in range(150):
         rebuilt, tokens, z, codebook_loss, commitment_loss = model(images)
         error = F.mse_loss(rebuilt, images)
         optimizer.zero_grad()
         (error + 0.1 * (codebook_loss + 0.25 * commitment_loss)).backward()
         optimizer.step()
         model.codebook.count_use(tokens)
-        if step % 20 == 19 and step < 150:
+        if step % 20 == 19 and step < 110:
             model.codebook.revive(z.detach().flatten(0, 1), 20, torch.Generator().manual_seed(step))
     assert F.mse_loss(model.decode(model.encode(images)), images) < 0.02
 
@@ -216,21 +222,50 @@ def test_overfits_one_batch(model):
 @pytest.mark.parametrize("gan_weight", [0.0, 0.5])
 def test_training_lowers_the_error_with_and_without_the_adversarial_loss(gan_weight):
     sentences = data.Sentences(data.DataConfig(image_size=16))
-    config = VQGANConfig(**TINY, steps=60, batch_size=16, gan_weight=gan_weight, gan_start=0.5)
-    model, log = vqgan.train_tokenizer(config, sentences, torch.device("cpu"), torch.float32)
+    config = VQGANConfig(**TINY, steps=50, batch_size=16, gan_weight=gan_weight, gan_start=0.5)
+    model, log = train_refiner.train_tokenizer(config, sentences, CPU, torch.float32)
     assert log["reconstruction"][-1] < 0.5 * log["reconstruction"][0]
     assert (log["discriminator"][-1] > 0) == (gan_weight > 0)
     assert log["discriminator"][0] == 0
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_saved_tokenizer_is_rebuilt_with_the_same_tokens(command, tmp_path):
-    flags = "--image-size 16 --vqgan-steps 3 --vqgan-channels 16 --vqgan-batch-size 4 --eval-sentences 16 --device cpu"
-    result = command(vqgan, "--out", tmp_path, *flags.split())
-    assert result.status == 0, result.err
-    assert (tmp_path / "reconstructions.png").is_file()
-    checkpoint = data.load_checkpoint(tmp_path / "tokenizer.pt")
-    first, second = (vqgan.build_tokenizer(checkpoint, torch.device("cpu")) for _ in range(2))
-    images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(first.encode(images), second.encode(images))
-    assert torch.equal(first.codebook.weight, checkpoint["model"]["codebook.weight"])
+def test_a_saved_tokenizer_is_rebuilt_with_the_same_tokens(model, tmp_path):
+    config = {"vqgan": asdict(model.config), "data": {"image_size": 32}}
+    runtime.save(tmp_path / "tokenizer.pt", {"config": config, "model": model.state_dict()})
+    checkpoint = runtime.load_checkpoint(tmp_path / "tokenizer.pt")
+    rebuilt = evaluate.load_model("tokenizer", checkpoint, CPU, tmp_path / "tokenizer.pt")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(rebuilt.encode(images), model.encode(images))
+    assert torch.equal(rebuilt.codebook.weight, model.codebook.weight)
+    assert not rebuilt.training
+    assert not any(p.requires_grad for p in rebuilt.parameters())
+
+
+@pytest.mark.parametrize(("factor", "size"), [(3, 24), (16, 24), (12, 24)])
+def test_a_factor_that_does_not_fit_is_an_error(factor, size):
+    with pytest.raises(ValueError, match=f"factor {factor}: "):
+        VQGAN(VQGANConfig(**{**TINY, "factor": factor}), size)
+
+
+def test_score_tokenizer():
+    """A tokenizer that loses nothing and uses eight codes equally often: all that is measured is known."""
+    sentences = data.Sentences(data.DataConfig(image_size=16, eval_sentences=70))
+
+    class Ideal(torch.nn.Module):
+        config = VQGANConfig(codebook_size=32)
+        codebook = vqgan.Codebook(32, 8)
+
+        def encode(self, images):
+            self.images = images
+            return torch.arange(len(images) * 4).view(-1, 4) % 8
+
+        def decode(self, tokens):
+            return self.images
+
+    scores = vqgan.score_tokenizer(Ideal(), sentences, "val", runtime.autocast(CPU, torch.float32))
+    for name in ("psnr_source", "psnr_target", "psnr_edges"):
+        assert scores[name] == pytest.approx(60)
+    assert scores["codes_used"] == 8
+    assert scores["perplexity"] == pytest.approx(8, rel=1e-4)
+    assert scores["edge_sharpness"] == pytest.approx(1)

@@ -1,7 +1,7 @@
 """The checks of the exercises: each says that an answer is right, or in one line what is wrong with it.
 
-A check looks at what every right answer has in common, within tolerances: shapes, values at places where they are
-known, which input reaches which output, where gradients go. How the answer was found makes no difference.
+A check looks at what every right answer has in common, within tolerances: shapes, values at places where they
+are known, which input reaches which output, where gradients go. How the answer was found makes no difference.
 """
 
 import math
@@ -14,14 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import train_refiner
+import evaluate
 import vsr
 
 WEIGHTS = Path(__file__).parents[2] / "weights" / "toy.pt"
 
 
 class Wrong(AssertionError):
-    """What a check found. A notebook shows the line, and the error of the answer if it raised one, nothing else."""
+    """What a check found. A notebook shows the line and, if the answer raised an error, that error."""
 
     def _render_traceback_(self):  # the name that IPython looks for
         error, lines = self.__cause__, []
@@ -36,7 +36,7 @@ def expect(condition, line: str) -> None:
 
 
 def call(name: str, function, *arguments, where: str = "", keep: bool = False):
-    """Call an answer. Raises Wrong if it is not written, if it raises, or (keep) if it changed one of its arguments."""
+    """Call an answer. Raises Wrong if it is not written, raises, or (keep) has changed an argument."""
     copies = [x.detach().clone() if keep and torch.is_tensor(x) else None for x in arguments]
     try:
         result = function(*arguments)
@@ -52,7 +52,7 @@ def call(name: str, function, *arguments, where: str = "", keep: bool = False):
 
 
 def as_tensor(name: str, value, shape: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The value of an answer, if it is a tensor of this shape and type. Raises Wrong, naming the first that is not."""
+    """The value of an answer, if it is a tensor of this shape and type. Raises Wrong, naming what is not."""
     expect(value is not None, f"{name} gave None: is the `return` missing?")
     kind = "tuple" if isinstance(value, tuple) else type(value).__name__
     expect(torch.is_tensor(value), f"{name} gave a {kind}, expected a tensor of shape {shape}")
@@ -67,13 +67,13 @@ def first(mask: torch.Tensor) -> tuple:
 
 
 def close(a, b, tolerance: float = 1e-4) -> bool:
-    """Two numbers or tensors are equal within a tolerance, absolute for small ones and relative for large ones."""
+    """Numbers or tensors are equal within a tolerance, absolute for small ones, relative for large ones."""
     a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
     return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def diagnose(value, mistakes: list, otherwise: str) -> None:
-    """Raise Wrong with the line of the known mistake that gives this very value: mistakes [(line, value), ...]."""
+    """Raise Wrong with the line of the known mistake that gives this value: mistakes [(line, value), ...]."""
     for line, mistaken in mistakes:
         expect(not close(value, mistaken), line)
     raise Wrong(otherwise)
@@ -98,9 +98,9 @@ def check_gap_closed(gap_closed) -> None:
             raise Wrong(f"gap_closed gave {result!r}{where}, expected a number") from None
 
     known = [
-        ((0.5, 0.3, 0.1), 0.5, "half of what accumulated is repaired"),
-        ((0.5, 0.5, 0.1), 0.0, "nothing is repaired"),
-        ((0.5, 0.1, 0.1), 1.0, "all that accumulated is repaired"),
+        ((0.5, 0.3, 0.1), 0.5, "half of what the true tokens would give is gained"),
+        ((0.5, 0.5, 0.1), 0.0, "nothing is gained"),
+        ((0.5, 0.1, 0.1), 1.0, "as much is gained as the true tokens would give"),
         ((0.5, 0.05, 0.1), 1.125, "a refiner may be better than teacher forcing, so nothing is cut off at 1"),
         ((0.5, 0.6, 0.1), -0.25, "the refiner made it worse, so the number is below 0"),
         ((5.0, 3.0, 1.0), 0.5, "ten times the errors is the same share"),
@@ -110,9 +110,12 @@ def check_gap_closed(gap_closed) -> None:
         got = value(*errors)
         if not close(got, expected):
             mistakes = [
-                (f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: you divide by the free-running error, but the "
-                 "teacher-forced error is left however good the refiner is", (errors[0] - errors[1]) / errors[0]),
-                (f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: a share, so divide by what accumulated",
+                (f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: you divide by the "
+                 "free-running error, but the "
+                 "teacher-forced error is left however good the refiner "
+                 "is", (errors[0] - errors[1]) / errors[0]),
+                (f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: a share, so divide by what "
+                 "accumulated",
                  errors[0] - errors[1]),
             ]  # fmt: skip
             diagnose(got, mistakes, f"gap_closed{errors} gave {got:.4g}, expected {expected:.4g}: {meaning}")
@@ -120,15 +123,23 @@ def check_gap_closed(gap_closed) -> None:
     for a, r, t in torch.rand(20, 3, generator=generator, dtype=torch.float64).tolist():
         t, a = sorted((t, a))  # the backbone alone is the worse one: something has accumulated
         got, expected = value(a, r, t), (a - r) / (a - t)
-        expect(close(got, expected), f"gap_closed({a:.3f}, {r:.3f}, {t:.3f}) gave {got:.4g}, expected {expected:.4g}")
+        expect(
+            close(got, expected),
+            f"gap_closed({a:.3f}, {r:.3f}, {t:.3f}) gave {got:.4g}, expected {expected:.4g}",
+        )
     try:
         got = value(0.3, 0.2, 0.3)
     except Wrong as wrong:
         raise Wrong(f"{wrong}. Nothing has accumulated there: give NaN (math.nan)") from wrong.__cause__
     expect(
-        math.isnan(got), f"gap_closed(0.3, 0.2, 0.3) gave {got:.4g}, expected NaN: nothing has accumulated, no share of it exists"
+        math.isnan(got),
+        f"gap_closed(0.3, 0.2, 0.3) gave {got:.4g}, expected NaN: nothing has accumulated, no share of it "
+        "exists",
     )
-    print("gap_closed is right: 0 and 1 are where they belong, nothing is cut off, and NaN stands where nothing accumulated.")
+    print(
+        "gap_closed is right: 0 and 1 are where they belong, nothing is cut off, and NaN stands where "
+        "nothing accumulated."
+    )
 
 
 def check_cosine_loss(cosine_loss) -> None:
@@ -147,41 +158,63 @@ def check_cosine_loss(cosine_loss) -> None:
              (1 - F.cosine_similarity(refined, target)).mean()),
             ("you compare along dim 0, the batch; compare the D numbers of one vector, dim -1",
              (1 - F.cosine_similarity(refined, target, dim=0)).mean()),
-            ("you treat a whole batch as one long vector; compare position by position, then take the mean", flat),
-            (f"the loss of 2 x 3 positions is {got.item():.4g}, expected {expected.item():.4g}: the mean, not the sum",
+            ("you treat a whole batch as one long vector; compare position by position, then take the "
+             "mean", flat),
+            (f"the loss of 2 x 3 positions is {got.item():.4g}, expected {expected.item():.4g}: the mean, "
+             "not the sum",
              each.sum()),
             ("the sign is wrong: equal vectors have cosine 1 and must have loss 0", each.mean() - 1),
-            ("that is the mean cosine; the loss is 1 minus it, so that equal vectors have loss 0", 1 - each.mean()),
+            ("that is the mean cosine; the loss is 1 minus it, so that equal vectors have loss "
+             "0", 1 - each.mean()),
             ("that is the dot product of vectors of any length: divide by their lengths", (1 - dot).mean()),
-            ("that is a squared distance; it grows with the vectors' length, the cosine does not", F.mse_loss(refined, target)),
+            ("that is a squared distance; it grows with the vectors' length, the cosine does "
+             "not", F.mse_loss(refined, target)),
         ]  # fmt: skip
         for line, mistaken in mistakes:
             expect(not close(got, mistaken), line)
     for factor, wanted, name in ((1.0, 0.0, "equal"), (-1.0, 2.0, "opposite")):
         got_here = value(target, factor * target).item()
-        expect(close(got_here, wanted), f"the loss of {name} vectors is {got_here:.4g}, expected {wanted:.4g}")
+        expect(
+            close(got_here, wanted), f"the loss of {name} vectors is {got_here:.4g}, expected {wanted:.4g}"
+        )
     longer = value(7 * refined, 3 * target)
     expect(
-        close(longer, got), f"longer vectors in the same directions change the loss from {got.item():.4g} to {longer.item():.4g}"
+        close(longer, got),
+        f"longer vectors in the same directions change the loss from {got.item():.4g} to {longer.item():.4g}",
     )
-    expect(close(got, expected), f"the loss of random vectors is {got.item():.4g}, expected {expected.item():.4g}")
+    expect(
+        close(got, expected),
+        f"the loss of random vectors is {got.item():.4g}, expected {expected.item():.4g}",
+    )
 
     with_zero = refined.clone()
     with_zero[1, 2] = 0
     wanted = (each.sum() - each[1, 2] + 1) / 6
     got = value(with_zero, target)
-    expect(not got.isnan(), "a vector of length zero makes the loss nan; its cosine counts as 0: never divide by 0")
     expect(
-        close(got, wanted), f"with one zero vector the loss is {got.item():.4g}, expected {wanted.item():.4g}: its cosine is 0"
+        not got.isnan(),
+        "a vector of length zero makes the loss nan; its cosine counts as 0: never divide by 0",
+    )
+    expect(
+        close(got, wanted),
+        f"with one zero vector the loss is {got.item():.4g}, expected {wanted.item():.4g}: its cosine is 0",
     )
 
     leaf = refined.clone().requires_grad_()
     loss = value(leaf, target)
-    expect(loss.requires_grad, "no gradient reaches `refined`: stay with tensors, without .item() or .detach()")
+    expect(
+        loss.requires_grad, "no gradient reaches `refined`: stay with tensors, without .item() or .detach()"
+    )
     (slope,) = torch.autograd.grad(loss, leaf)
     after = value(refined - 0.1 * slope, target)
-    expect(after < loss, f"a small step against the gradient raises the loss from {loss.item():.6g} to {after.item():.6g}")
-    print("cosine_loss is right: 0 for equal directions, 2 for opposite ones, whatever the lengths, and it has a gradient.")
+    expect(
+        after < loss,
+        f"a small step against the gradient raises the loss from {loss.item():.6g} to {after.item():.6g}",
+    )
+    print(
+        "cosine_loss is right: 0 for equal directions, 2 for opposite ones, whatever the lengths, and it has "
+        "a gradient."
+    )
 
 
 def check_nearest_code(nearest_code) -> None:
@@ -193,7 +226,10 @@ def check_nearest_code(nearest_code) -> None:
         tokens = as_tensor("nearest_code", tokens, tuple(embeddings.shape[:-1]), torch.int64)
         V = len(codebook)
         outside = (tokens < 0) | (tokens >= V)
-        expect(not outside.any(), f"nearest_code gave a token outside the codebook, which has the codes 0 to {V - 1}")
+        expect(
+            not outside.any(),
+            f"nearest_code gave a token outside the codebook, which has the codes 0 to {V - 1}",
+        )
         cosine = F.normalize(embeddings, dim=-1) @ F.normalize(codebook, dim=-1).T  # (..., V)
         chosen = cosine.gather(-1, tokens[..., None])[..., 0]
         worse = chosen < cosine.amax(-1) - 1e-5
@@ -203,7 +239,8 @@ def check_nearest_code(nearest_code) -> None:
             at = first(worse)
             token, best = tokens[at].item(), cosine[at].argmax().item()
             raise Wrong(
-                f"position {at}: you chose code {token} with cosine {chosen[at].item():.3f}, but code {best} has "
+                f"position {at}: you chose code {token} with cosine {chosen[at].item():.3f}, but code {best} "
+                "has "
                 f"{cosine[at][best].item():.3f}"
             )
 
@@ -213,7 +250,8 @@ def check_nearest_code(nearest_code) -> None:
     mistakes = [
         ("you take the largest dot product, and long codes win it: give all codes the same length first",
          (embeddings @ codebook.T).argmax(-1)),
-        ("you take the smallest distance, which depends on the lengths: give embeddings and codes unit norm first",
+        ("you take the smallest distance, which depends on the lengths: give embeddings and codes unit norm "
+         "first",
          torch.cdist(embeddings, codebook.expand(4, 11, 5)).argmin(-1)),
         ("you take the code that is farthest: the largest cosine is wanted", cosine.argmin(-1)),
     ]  # fmt: skip
@@ -225,7 +263,10 @@ def check_nearest_code(nearest_code) -> None:
     check(embeddings, codebook[:1])
     check(torch.zeros(2, 5), codebook)  # all cosines are 0: any code will do
     check(embeddings, torch.cat([codebook, codebook]))  # ties: either will do
-    print("nearest_code is right: the largest cosine, for embeddings and codes of any length and any leading shape.")
+    print(
+        "nearest_code is right: the largest cosine, for embeddings and codes of any length and any leading "
+        "shape."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,23 +276,35 @@ def check_nearest_code(nearest_code) -> None:
 
 def check_causal_mask(causal_mask, causal_softmax) -> None:
     for T in (6, 1, 2):
-        mask = as_tensor("causal_mask", call("causal_mask", causal_mask, T, where=f" for T = {T}"), (T, T), torch.bool)
+        mask = as_tensor(
+            "causal_mask", call("causal_mask", causal_mask, T, where=f" for T = {T}"), (T, T), torch.bool
+        )
         later = mask.triu(1)
         hidden = ~mask & torch.ones(T, T, dtype=torch.bool).tril()
-        if T == 6 and later.any() and hidden.any() and torch.equal(mask, torch.ones(T, T, dtype=torch.bool).triu(1)):
+        if (
+            T == 6
+            and later.any()
+            and hidden.any()
+            and torch.equal(mask, torch.ones(T, T, dtype=torch.bool).triu(1))
+        ):
             raise Wrong("your mask is True where it must be False: True means that the query may see the key")
         if later.any():
             t, s = first(later)
             raise Wrong(f"your mask lets position {t} see position {s}, which comes later")
         if hidden.any():
             t, s = first(hidden)
-            raise Wrong(f"your mask hides position {s} from " + ("itself" if t == s else f"position {t}, which comes later"))
+            raise Wrong(
+                f"your mask hides position {s} from "
+                + ("itself" if t == s else f"position {t}, which comes later")
+            )
     print("causal_mask is right: every position sees itself and all before it, nothing after.")
 
     generator = torch.Generator().manual_seed(0)
     for B, H, T in ((2, 3, 6), (1, 1, 1)):
         scores = torch.randn(B, H, T, T, generator=generator) * 2
-        weights = call("causal_softmax", causal_softmax, scores, where=f" for scores {(B, H, T, T)}", keep=True)
+        weights = call(
+            "causal_softmax", causal_softmax, scores, where=f" for scores {(B, H, T, T)}", keep=True
+        )
         weights = as_tensor("causal_softmax", weights, (B, H, T, T))
         expect(not weights.isnan().any(), "causal_softmax gave nan: every query sees at least itself")
         later = weights.abs().triu(1) > 1e-6
@@ -266,11 +319,13 @@ def check_causal_mask(causal_mask, causal_softmax) -> None:
         if off.any():
             if close(weights.sum(-2), torch.ones(B, H, T)):
                 raise Wrong(
-                    "your softmax runs over the queries: each column sums to 1, not each row. It runs over the keys, dim -1"
+                    "your softmax runs over the queries: each column sums to 1, not each row. It runs over "
+                    "the keys, dim -1"
                 )
             b, h, t = first(off)
             raise Wrong(
-                f"the weights of position {t} sum to {sums[b, h, t].item():.3f}, expected 1: hide the scores before the "
+                f"the weights of position {t} sum to {sums[b, h, t].item():.3f}, expected 1: hide the scores "
+                "before the "
                 "softmax, not the weights after it"
             )
         for t in range(T):
@@ -303,24 +358,38 @@ def check_straight_through(straight_through) -> None:
                 [("forwards it gives z; the decoder has to see the code e", z)],
                 f"forwards it must give e: at {first((quantized - e).abs() > 1e-4)} it gave another number",
             )
-        expect(quantized.requires_grad, "no gradient at all goes back: the encoder would never learn. z has to be in the sum")
+        expect(
+            quantized.requires_grad,
+            "no gradient at all goes back: the encoder would never learn. z has to be in the sum",
+        )
         to_z, to_e = torch.autograd.grad(quantized, (z, e), upstream, allow_unused=True)
         reached = to_z is not None and bool(to_z.abs().max() > 1e-6)
-        expect(reached, "no gradient reaches z: the encoder would never learn. Backwards, the result has to be z")
+        expect(
+            reached, "no gradient reaches z: the encoder would never learn. Backwards, the result has to be z"
+        )
         if not close(to_z, upstream):
             at = first((to_z - upstream).abs() > 1e-4)
             raise Wrong(
-                f"the gradient of z at {at} is {to_z[at].item():.3f}, expected {upstream[at].item():.3f}, that of the result: "
+                f"the gradient of z at {at} is {to_z[at].item():.3f}, expected {upstream[at].item():.3f}, "
+                "that of the result: "
                 "backwards it has to be the identity"
             )
         if to_e is not None and to_e.abs().max() > 1e-6:
-            raise Wrong("a gradient also reaches e: the reconstruction would move the codes. Stop it with .detach()")
-    print("straight_through is right: forwards the code, backwards the identity on z, and the codes are left alone.")
+            raise Wrong(
+                "a gradient also reaches e: the reconstruction would move the codes. Stop it with .detach()"
+            )
+    print(
+        "straight_through is right: forwards the code, backwards the identity on z, and the codes are left "
+        "alone."
+    )
 
 
 def check_commitment_loss(vq_losses) -> None:
     generator = torch.Generator().manual_seed(0)
-    z, e = torch.randn(4, 6, 5, generator=generator).requires_grad_(), torch.randn(4, 6, 5, generator=generator).requires_grad_()
+    z, e = (
+        torch.randn(4, 6, 5, generator=generator).requires_grad_(),
+        torch.randn(4, 6, 5, generator=generator).requires_grad_(),
+    )
     M, D = 24, 5
     result = call("vq_losses", vq_losses, z, e)
     pair = isinstance(result, tuple | list) and len(result) == 2
@@ -331,27 +400,44 @@ def check_commitment_loss(vq_losses) -> None:
         as_tensor(f"the {name}", loss, ())
         if not close(loss, distance.mean()):
             mistakes = [
-                (f"the {name} is {D} times too small: sum over the D = {D} numbers of a vector, then the mean over vectors",
+                (f"the {name} is {D} times too small: sum over the D = {D} numbers of a vector, then the "
+                 "mean over vectors",
                  distance.mean() / D),
-                (f"the {name} is {M} times too large: take the mean over the {M} vectors, not the sum", distance.sum()),
+                (f"the {name} is {M} times too large: take the mean over the {M} vectors, not the "
+                 "sum", distance.sum()),
                 (f"the {name} is the mean distance; its square is wanted", distance.sqrt().mean()),
             ]  # fmt: skip
-            line = f"the {name} is {loss.item():.4g}, expected {distance.mean().item():.4g}, the mean of |z - e|^2"
-            diagnose(
-                loss, mistakes, line + ("; leave the weights 0.1 and beta to the training loop" if loss < distance.mean() else "")
-            )
+            wanted = distance.mean().item()
+            line = f"the {name} is {loss.item():.4g}, expected {wanted:.4g}, the mean of |z - e|^2"
+            if loss < distance.mean():
+                line += "; leave the weights 0.1 and beta to the training loop"
+            diagnose(loss, mistakes, line)
     slopes = {}
     for name, loss in losses.items():
-        expect(loss.requires_grad, f"the {name} has no gradient: stop one side of it with .detach(), not both")
+        expect(
+            loss.requires_grad, f"the {name} has no gradient: stop one side of it with .detach(), not both"
+        )
         pair = torch.autograd.grad(loss, (z, e), retain_graph=True, allow_unused=True)
         slopes[name] = [torch.zeros_like(z) if slope is None else slope for slope in pair]
     moves = {name: [bool(slope.abs().max() > 1e-7) for slope in pair] for name, pair in slopes.items()}
     if moves == {"codebook loss": [True, False], "commitment loss": [False, True]}:
-        raise Wrong("the two are swapped: the codebook loss comes first and moves e, the commitment loss moves z")
-    expect(not moves["codebook loss"][0], "your codebook loss moves the encoder's output z: put the stop-gradient on z")
-    expect(not moves["commitment loss"][1], "your commitment loss moves the codes e: put the stop-gradient on e")
-    expect(moves["codebook loss"][1], "your codebook loss does not move the codes e: the stop-gradient belongs on z")
-    expect(moves["commitment loss"][0], "your commitment loss does not move z: the stop-gradient belongs on e")
+        raise Wrong(
+            "the two are swapped: the codebook loss comes first and moves e, the commitment loss moves z"
+        )
+    expect(
+        not moves["codebook loss"][0],
+        "your codebook loss moves the encoder's output z: put the stop-gradient on z",
+    )
+    expect(
+        not moves["commitment loss"][1], "your commitment loss moves the codes e: put the stop-gradient on e"
+    )
+    expect(
+        moves["codebook loss"][1],
+        "your codebook loss does not move the codes e: the stop-gradient belongs on z",
+    )
+    expect(
+        moves["commitment loss"][0], "your commitment loss does not move z: the stop-gradient belongs on e"
+    )
     wanted = 2 * (e - z).detach() / M
     right = close(slopes["codebook loss"][1], wanted) and close(slopes["commitment loss"][0], -wanted)
     expect(right, "the values are right, but their gradients are not those of |z - e|^2")
@@ -367,13 +453,19 @@ def check_sobel_edges(sobel_edges) -> None:
     def strengths(images, what):
         """The channel of the map that all three have to be, from -1..1 back to strengths 0..1: (B, H, W)"""
         where = f" for images {tuple(images.shape)}"
-        maps = as_tensor("sobel_edges", call("sobel_edges", sobel_edges, images, where=where, keep=True), tuple(images.shape))
+        maps = as_tensor(
+            "sobel_edges",
+            call("sobel_edges", sobel_edges, images, where=where, keep=True),
+            tuple(images.shape),
+        )
         expect(not maps.isnan().any(), f"the map of {what} has nan in it")
         if (maps.amax(1) - maps.amin(1)).max() > 1e-5:
             raise Wrong(f"the three channels of the map of {what} differ: repeat the largest of the three")
         outside = (maps < -1 - 1e-5) | (maps > 1 + 1e-5)
         expect(
-            not outside.any(), f"the map of {what} reaches {maps.abs().max().item():.3g}: strengths end at 1, maps lie in [-1, 1]"
+            not outside.any(),
+            f"the map of {what} reaches {maps.abs().max().item():.3g}: strengths end at 1, maps lie in [-1, "
+            "1]",
         )
         return (maps[:, 0] + 1) / 2
 
@@ -385,18 +477,23 @@ def check_sobel_edges(sobel_edges) -> None:
                 expect(not close(got[~wanted.isnan()], mistaken[~wanted.isnan()]), line)
             y, x = first(off)
             raise Wrong(
-                f"{what}: at row {y}, column {x} the edge has strength {got[y, x].item():.3f}, expected {wanted[y, x].item():.3f}"
+                f"{what}: at row {y}, column {x} the edge has strength {got[y, x].item():.3f}, expected "
+                f"{wanted[y, x].item():.3f}"
             )
 
     S = 8
     zeros, nan = torch.zeros(S, S), torch.full((S, S), math.nan)
     flat = torch.tensor([0.8, -0.3, 0.5])[None, :, None, None].expand(2, 3, S, S).contiguous()
     got = strengths(flat, "a flat image")[0]
-    expect(not close(got, zeros + 0.5), "a flat image gives 0, expected -1: the strength s from 0 to 1 becomes 2 s - 1")
+    expect(
+        not close(got, zeros + 0.5),
+        "a flat image gives 0, expected -1: the strength s from 0 to 1 becomes 2 s - 1",
+    )
     if (got[0].abs().max() > 1e-4 or got[-1].abs().max() > 1e-4) and got[1:-1, 1:-1].abs().max() < 1e-4:
         x = int(got[0].abs().argmax())
         raise Wrong(
-            f"a flat image has an edge of strength {got[0, x].item():.2f} at its border (row 0, column {x}): outside the image "
+            f"a flat image has an edge of strength {got[0, x].item():.2f} at its border (row 0, column {x}): "
+            "outside the image "
             "its border pixels are repeated, not zeros"
         )
     check(got, zeros, "a flat image")
@@ -406,48 +503,92 @@ def check_sobel_edges(sobel_edges) -> None:
     wanted = zeros.clone()
     wanted[:, 3:5] = 0.3
     mistakes = [
-        (f"a vertical step of height 0.3: strength {0.3 * k:.2f} instead of 0.30: {line}", (wanted * k).clamp(max=1))
-        for k, line in ((4, "divide the kernels by 4"), (2, "divide by 4, not by 2"), (0.5, "divide by 4, not by 8"))
+        (
+            f"a vertical step of height 0.3: strength {0.3 * k:.2f} instead of 0.30: {line}",
+            (wanted * k).clamp(max=1),
+        )
+        for k, line in (
+            (4, "divide the kernels by 4"),
+            (2, "divide by 4, not by 2"),
+            (0.5, "divide by 4, not by 8"),
+        )
     ]
-    mistakes.append(("a vertical step of height 0.3: strength 0.09 instead of 0.30: take the square root", wanted**2))
-    check(strengths(step.expand(1, 3, S, S), "a vertical step")[0], wanted, "a vertical step of height 0.3", mistakes)
-    check(strengths(step.T.expand(1, 3, S, S), "a horizontal step")[0], wanted.T, "a horizontal step of height 0.3")
+    mistakes.append(
+        ("a vertical step of height 0.3: strength 0.09 instead of 0.30: take the square root", wanted**2)
+    )
+    check(
+        strengths(step.expand(1, 3, S, S), "a vertical step")[0],
+        wanted,
+        "a vertical step of height 0.3",
+        mistakes,
+    )
+    check(
+        strengths(step.T.expand(1, 3, S, S), "a horizontal step")[0],
+        wanted.T,
+        "a horizontal step of height 0.3",
+    )
     high = torch.where(step < 0, -1.0, 1.0).expand(1, 3, S, S)
-    check(strengths(high, "a step of height 2")[0], wanted.gt(0).float(), "a step of height 2, whose strength ends at 1")
+    check(
+        strengths(high, "a step of height 2")[0],
+        wanted.gt(0).float(),
+        "a step of height 2, whose strength ends at 1",
+    )
 
     ramp = 0.03 * x[None, :] + 0.04 * x[:, None]
     wanted = nan.clone()
     wanted[1:-1, 1:-1] = 0.1
     mistakes = [
-        ("a slope across and down at once: you add |g_x| and |g_y|; the length is sqrt(g_x^2 + g_y^2)", wanted * 1.4),
-        ("a slope across and down at once: you take the larger of |g_x| and |g_y|; the length is wanted", wanted * 0.8),
+        (
+            "a slope across and down at once: you add |g_x| and |g_y|; the length is sqrt(g_x^2 + g_y^2)",
+            wanted * 1.4,
+        ),
+        (
+            "a slope across and down at once: you take the larger of |g_x| and |g_y|; the length is wanted",
+            wanted * 0.8,
+        ),
         ("a slope across and down at once: take the square root of g_x^2 + g_y^2", wanted**2),
     ]
-    check(strengths(ramp.expand(1, 3, S, S), "a slope")[0], wanted, "a slope of 0.03 across and 0.04 down", mistakes)
+    check(
+        strengths(ramp.expand(1, 3, S, S), "a slope")[0],
+        wanted,
+        "a slope of 0.03 across and 0.04 down",
+        mistakes,
+    )
 
     dot = zeros.clone()
     dot[4, 4] = 0.4
     wanted = zeros.clone()
     wanted[3:6, 3:6] = torch.tensor([[2**0.5, 2, 2**0.5], [2, 0, 2], [2**0.5, 2, 2**0.5]]) / 10
-    check(strengths(dot.expand(1, 3, S, S), "one bright pixel")[0], wanted, "one pixel of 0.4 (the kernels' weights are 1 2 1)")
+    check(
+        strengths(dot.expand(1, 3, S, S), "one bright pixel")[0],
+        wanted,
+        "one pixel of 0.4 (the kernels' weights are 1 2 1)",
+    )
 
     image = torch.zeros(1, 3, S, S)
     image[0, 0], image[0, 1] = step, -step * 2 / 3
     wanted = zeros.clone()
     wanted[:, 3:5] = 0.3
     grey = [
-        ("a step in red against a step in green vanishes in part: take the edges of each channel, not of their mean",
+        ("a step in red against a step in green vanishes in part: take the edges of each channel, not of "
+         "their mean",
          strengths(image.mean(1, keepdim=True).expand(1, 3, S, S), "a grey image")[0]),
-        ("a step in red against a step in green vanishes in part: take the edges of each channel, not of the grey image",
+        ("a step in red against a step in green vanishes in part: take the edges of each channel, not of the "
+         "grey image",
          strengths(data.grey(image), "a grey image")[0]),
         ("a step in red (0.3) and one in green (0.2): take the largest channel, not the sum", wanted * 5 / 3),
-        ("a step in red (0.3) and one in green (0.2): take the largest channel, not the mean", wanted * 5 / 9),
+        ("a step in red (0.3) and one in green (0.2): take the largest channel, not the "
+         "mean", wanted * 5 / 9),
     ]  # fmt: skip
     check(strengths(image, "a coloured step")[0], wanted, "a step of 0.3 in red and of -0.2 in green", grey)
     image[0, 0], image[0, 1] = 0.03 * x[None, :], 0.04 * x[:, None]
     wanted = nan.clone()
     wanted[1:-1, 1:-1] = 0.08
-    check(strengths(image, "two slopes")[0], wanted, "red slopes across, green slopes down (the length first, then the channel)")
+    check(
+        strengths(image, "two slopes")[0],
+        wanted,
+        "red slopes across, green slopes down (the length first, then the channel)",
+    )
 
     images = torch.rand(2, 3, S, S + 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     both = strengths(images, "noise")
@@ -455,7 +596,10 @@ def check_sobel_edges(sobel_edges) -> None:
     expect(close(both[1], alone), "an image's edges depend on the other images of the batch")
     turned = strengths(images.transpose(2, 3).contiguous(), "noise on its side").transpose(1, 2)
     expect(close(both, turned), "an image on its side has other edges: is g_y the transposed g_x?")
-    print("sobel_edges is right: flat is black, steps have their height, each channel counts, and nothing exceeds 1.")
+    print(
+        "sobel_edges is right: flat is black, steps have their height, each channel counts, and nothing "
+        "exceeds 1."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,12 +612,20 @@ def check_top_p(top_p_probabilities) -> None:
         B, V = logits.shape
         what = f"top_p = {top_p:g}"
         result = call(
-            "top_p_probabilities", top_p_probabilities, logits, top_p, where=f" for {B} x {V} logits, {what}", keep=True
+            "top_p_probabilities",
+            top_p_probabilities,
+            logits,
+            top_p,
+            where=f" for {B} x {V} logits, {what}",
+            keep=True,
         )
         result = as_tensor("top_p_probabilities", result, (B, V))
         p = logits.softmax(-1)
         for row, (kept_p, full) in enumerate(zip(result, p, strict=True)):
-            expect(not kept_p.isnan().any(), f"{what}, row {row}: nan. Was nothing kept? The likeliest token always is")
+            expect(
+                not kept_p.isnan().any(),
+                f"{what}, row {row}: nan. Was nothing kept? The likeliest token always is",
+            )
             expect((kept_p >= 0).all(), f"{what}, row {row}: a probability is below 0")
             kept = kept_p > 0
             expect(kept.any(), f"{what}, row {row}: no token is kept. The likeliest always is")
@@ -482,30 +634,35 @@ def check_top_p(top_p_probabilities) -> None:
             a, b = int(dropped_best.argmax()), int(kept_least.argmin())
             expect(
                 full[a] <= full[b] + 1e-6 or kept.all(),
-                f"{what}, row {row}: token {a} (probability {full[a]:.3f}) is dropped and token {b} ({full[b]:.3f}) is kept: "
+                f"{what}, row {row}: token {a} (probability {full[a]:.3f}) is dropped and token {b} "
+                f"({full[b]:.3f}) is kept: "
                 "are the sorted tokens back in their own order, row by row?",
             )
             mass = full[kept].sum().item()
             expect(
                 mass >= top_p - 1e-5,
-                f"{what}, row {row}: the tokens {kept.nonzero().flatten().tolist()} are kept, {mass:.3f} in all, less than "
+                f"{what}, row {row}: the tokens {kept.nonzero().flatten().tolist()} are kept, {mass:.3f} in "
+                "all, less than "
                 "top_p: the token that reaches top_p is kept too",
             )
             before = mass - full[b].item()
             expect(
                 kept.sum() == 1 or before < top_p + 1e-5,
-                f"{what}, row {row}: token {b} is kept, although the likelier ones make up {before:.3f}, which is top_p already",
+                f"{what}, row {row}: token {b} is kept, although the likelier ones make up {before:.3f}, "
+                "which is top_p already",
             )
             total = kept_p.sum().item()
             expect(
-                abs(total - 1) < 1e-4, f"{what}, row {row}: the probabilities sum to {total:.3f}: divide by the sum of the kept"
+                abs(total - 1) < 1e-4,
+                f"{what}, row {row}: the probabilities sum to {total:.3f}: divide by the sum of the kept",
             )
             wanted = torch.where(kept, full, 0.0) / mass
             off = (kept_p - wanted).abs() > 1e-4
             if off.any():
                 (v,) = first(off)
                 raise Wrong(
-                    f"{what}, row {row}: token {v} has probability {kept_p[v]:.3f}, expected {wanted[v]:.3f}: the kept tokens "
+                    f"{what}, row {row}: token {v} has probability {kept_p[v]:.3f}, expected "
+                    f"{wanted[v]:.3f}: the kept tokens "
                     "keep their proportions"
                 )
 
@@ -521,7 +678,10 @@ def check_top_p(top_p_probabilities) -> None:
     check(torch.randn(3, 1, generator=generator), 0.5)
     check(torch.tensor([[1.0, -torch.inf, 0.5, 0.0]]), 0.9)
     check(logits + 100, 0.7)
-    print("top_p_probabilities is right: the fewest likeliest tokens that reach top_p, in their old proportions.")
+    print(
+        "top_p_probabilities is right: the fewest likeliest tokens that reach top_p, in their old "
+        "proportions."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,7 +694,9 @@ def check_lora_layer(LoRALinear) -> None:
     for bias in (True, False):
         linear = nn.Linear(5, 3, bias=bias)
         W, b = linear.weight.detach().clone(), linear.bias.detach().clone() if bias else None
-        layer = call("LoRALinear", LoRALinear, linear, 2, where=f" for nn.Linear(5, 3, bias={bias}) and rank 2")
+        layer = call(
+            "LoRALinear", LoRALinear, linear, 2, where=f" for nn.Linear(5, 3, bias={bias}) and rank 2"
+        )
         for name, shape in (("A", (2, 5)), ("B", (3, 2))):
             value = getattr(layer, name, None)
             expect(isinstance(value, nn.Parameter), f"the layer has no nn.Parameter named {name}")
@@ -547,19 +709,29 @@ def check_lora_layer(LoRALinear) -> None:
         original = F.linear(x, W, b)
 
         def output(layer=layer, x=x):
-            return as_tensor("forward", call("forward", layer, x, where=f" for x {tuple(x.shape)}", keep=True), (2, 4, 3))
+            return as_tensor(
+                "forward", call("forward", layer, x, where=f" for x {tuple(x.shape)}", keep=True), (2, 4, 3)
+            )
 
         off = (output() - original).abs().max().item()
-        expect(off < 1e-5, f"before training the layer is off from the linear layer by up to {off:.3g}: B has to start at zero")
         expect(
-            (A != 0).any() or (B != 0).any(), "A and B both start at zero, so neither ever gets a gradient: A starts at random"
+            off < 1e-5,
+            f"before training the layer is off from the linear layer by up to {off:.3g}: B has to start at "
+            "zero",
+        )
+        expect(
+            (A != 0).any() or (B != 0).any(),
+            "A and B both start at zero, so neither ever gets a gradient: A starts at random",
         )
 
         trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
         missing = {"A", "B"} - trained
         expect(not missing, f"{', '.join(sorted(missing))} is frozen: A and B are what learns")
         extra = sorted(trained - {"A", "B"})
-        expect(not extra, f"{', '.join(extra)} would be trained as well: freeze the linear layer (requires_grad_(False))")
+        expect(
+            not extra,
+            f"{', '.join(extra)} would be trained as well: freeze the linear layer (requires_grad_(False))",
+        )
 
         with torch.no_grad():
             A.copy_(torch.randn_like(A))
@@ -567,18 +739,25 @@ def check_lora_layer(LoRALinear) -> None:
         got, wanted = output(), original + x @ A.T @ B.T
         if not close(got, wanted):
             mistakes = [
-                ("the result does not change with A and B: the product B A is missing from forward", original),
+                (
+                    "the result does not change with A and B: the product B A is missing from forward",
+                    original,
+                ),
                 ("the linear layer's own output is missing: W x + b, plus the low-rank part", x @ A.T @ B.T),
                 ("the bias is missing", wanted - (0 if b is None else b)),
             ]
             off = (got - wanted).abs().max().item()
             diagnose(
-                got, mistakes, f"with random A and B the result is off by up to {off:.3g} from (W + B A) x + b, without any scale"
+                got,
+                mistakes,
+                f"with random A and B the result is off by up to {off:.3g} from (W + B A) x + b, without any "
+                "scale",
             )
         slopes = torch.autograd.grad(got.square().sum(), (A, B), allow_unused=True)
         for name, slope in zip("AB", slopes, strict=True):
             expect(
-                slope is not None and slope.abs().max() > 0, f"no gradient reaches {name}: is it detached, or copied, in forward?"
+                slope is not None and slope.abs().max() > 0,
+                f"no gradient reaches {name}: is it detached, or copied, in forward?",
             )
 
         before = output().detach()
@@ -588,19 +767,27 @@ def check_lora_layer(LoRALinear) -> None:
         off = (after - before).abs().max().item()
         expect(
             off < 1e-5,
-            f"merged changed the layer itself, by up to {off:.3g}: write into a new nn.Linear, not into the old weight",
+            f"merged changed the layer itself, by up to {off:.3g}: write into a new nn.Linear, not into the "
+            "old weight",
         )
         expect(torch.equal(linear.weight, W), "the weight of the linear layer has changed: it is frozen")
         expect(
-            (merged.bias is None) == (b is None), "the merged layer has a bias and the linear one has not, or the other way round"
+            (merged.bias is None) == (b is None),
+            "the merged layer has a bias and the linear one has not, or the other way round",
         )
         off = (merged(x) - before).abs().max().item()
-        expect(off < 1e-4, f"the merged layer is off by up to {off:.3g} from the layer: its weight is W + B A, its bias b")
+        expect(
+            off < 1e-4,
+            f"the merged layer is off by up to {off:.3g} from the layer: its weight is W + B A, its bias b",
+        )
         # Merged layers live on their own: another adapter, or more training, must not reach them.
         with torch.no_grad():
             B.zero_()
         expect(close(merged(x), before), "the merged layer still changes with B: copy the values")
-    print("LoRALinear is right: it starts as the linear layer, only A and B learn, and it merges into an ordinary layer.")
+    print(
+        "LoRALinear is right: it starts as the linear layer, only A and B learn, and it merges into an "
+        "ordinary layer."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,49 +805,64 @@ class Simulated(NamedTuple):
 
 
 def simulated_refinement(seed: int = 0, B: int = 64, N: int = 16, V: int = 24, D: int = 8) -> Simulated:
-    """A backbone that gets a quarter of the tokens wrong, and a refiner whose moves point to the truth, with noise."""
+    """A backbone with a quarter of the tokens wrong, and a refiner that points to the truth, with noise."""
     generator = torch.Generator().manual_seed(seed)
     codebook = unit(V, D, generator=generator)
     truth = torch.randint(V, (B, N), generator=generator)
     mistaken = torch.rand(B, N, generator=generator) < 0.25
     tokens = torch.where(mistaken, torch.randint(V, (B, N), generator=generator), truth)
     noise = torch.randn(B, N, D, generator=generator) * 0.45
-    return Simulated(tokens, F.normalize(codebook[tokens] * 0.3 + codebook[truth] + noise, dim=-1), truth, codebook)
+    return Simulated(
+        tokens, F.normalize(codebook[tokens] * 0.3 + codebook[truth] + noise, dim=-1), truth, codebook
+    )
 
 
 def check_gated_refinement(gated_refine, choose_threshold) -> None:
     def check(case, threshold):
         tokens, refined, _, codebook = case
-        where = f" for tokens {tuple(tokens.shape)}, codebook {tuple(codebook.shape)} and threshold {threshold}"
+        where = (
+            f" for tokens {tuple(tokens.shape)}, codebook {tuple(codebook.shape)} and threshold {threshold}"
+        )
         got = call("gated_refine", gated_refine, tokens, refined, codebook, threshold, where=where, keep=True)
         got = as_tensor("gated_refine", got, tuple(tokens.shape), torch.int64)
         cosine = refined @ codebook.T  # (B, N, V)
         best, nearest = cosine.max(-1)
         margin = best - cosine.gather(-1, tokens[..., None])[..., 0]
         sure, unsure = margin > threshold + 1e-5, margin < threshold - 1e-5
-        either = (got == tokens) | (cosine.gather(-1, got.clamp(0, len(codebook) - 1)[..., None])[..., 0] > best - 1e-5)
+        either = (got == tokens) | (
+            cosine.gather(-1, got.clamp(0, len(codebook) - 1)[..., None])[..., 0] > best - 1e-5
+        )
         if not either.all():
             at = first(~either)
             raise Wrong(
-                f"threshold {threshold}, position {at}: you gave code {got[at].item()}, which is neither the backbone's token "
+                f"threshold {threshold}, position {at}: you gave code {got[at].item()}, which is neither the "
+                "backbone's token "
                 f"{tokens[at].item()} nor the code nearest to the refined embedding, {nearest[at].item()}"
             )
         missed, forced = sure & (got == tokens), unsure & (got != tokens)
-        if missed.any() and forced.any() and close(missed.sum() + forced.sum(), (sure | unsure)[nearest != tokens].sum()):
+        if (
+            missed.any()
+            and forced.any()
+            and close(missed.sum() + forced.sum(), (sure | unsure)[nearest != tokens].sum())
+        ):
             raise Wrong(
-                "you keep the tokens whose margin is above the threshold and replace the others: it is the other way round"
+                "you keep the tokens whose margin is above the threshold and replace the others: it is the "
+                "other way round"
             )
         if missed.any():
             at = first(missed)
             raise Wrong(
-                f"threshold {threshold}, position {at}: the margin {margin[at].item():.3f} is above the threshold, but the "
+                f"threshold {threshold}, position {at}: the margin {margin[at].item():.3f} is above the "
+                "threshold, but the "
                 f"backbone's token {tokens[at].item()} is kept"
             )
         if forced.any():
             at = first(forced)
             raise Wrong(
-                f"threshold {threshold}, position {at}: the margin {margin[at].item():.3f} (cosine {best[at].item():.3f} to "
-                f"the nearest code, {(best - margin)[at].item():.3f} to the backbone's) is below the threshold, but the token "
+                f"threshold {threshold}, position {at}: the margin {margin[at].item():.3f} (cosine "
+                f"{best[at].item():.3f} to "
+                f"the nearest code, {(best - margin)[at].item():.3f} to the backbone's) is below the "
+                "threshold, but the token "
                 "was replaced"
             )
 
@@ -685,7 +887,9 @@ def check_gated_refinement(gated_refine, choose_threshold) -> None:
             y = torch.where(best - cosine.gather(-1, tokens[..., None])[..., 0] > threshold, nearest, tokens)
             errors.append(vsr.cosine_error(y, truth, codebook).mean().item())
             right.append((y == truth).float().mean().item())
-        got = call("choose_threshold", choose_threshold, thresholds, tokens, refined, truth, codebook, keep=True)
+        got = call(
+            "choose_threshold", choose_threshold, thresholds, tokens, refined, truth, codebook, keep=True
+        )
         expect(got is not None, "choose_threshold gave None: is the `return` missing?")
         try:
             got = float(got)
@@ -695,11 +899,13 @@ def check_gated_refinement(gated_refine, choose_threshold) -> None:
         best = min(range(len(errors)), key=errors.__getitem__)
         expect(
             at,
-            f"choose_threshold gave {got:g}, which is not one of the thresholds: return neither its index nor its error",
+            f"choose_threshold gave {got:g}, which is not one of the thresholds: return neither its index "
+            "nor its error",
         )
         expect(
             errors[at[0]] < errors[best] + 1e-6,
-            f"choose_threshold gave {got:g}, where the mean cosine error is {errors[at[0]]:.4f}, but at {thresholds[best]:g} it "
+            f"choose_threshold gave {got:g}, where the mean cosine error is {errors[at[0]]:.4f}, but at "
+            f"{thresholds[best]:g} it "
             f"is {errors[best]:.4f}",
         )
     print("choose_threshold is right: no other threshold has a smaller error.")
@@ -721,7 +927,9 @@ def check_kv_cache(decode_step) -> None:
         scores = (q[:, t, None] * scale) @ keys[:, start:stop].transpose(1, 2)  # (B, 1, S)
         return (scores.softmax(-1) @ values[:, start:stop])[:, 0]  # (B, d)
 
-    cache = torch.randn(2, B, T, d, generator=generator) * 3  # what an earlier use of the memory has left in it
+    cache = (
+        torch.randn(2, B, T, d, generator=generator) * 3
+    )  # what an earlier use of the memory has left in it
     for t in range(T):
         before = cache.clone()
         given = [x[:, t].clone(), W_q.clone(), W_k.clone(), W_v.clone()]
@@ -732,37 +940,57 @@ def check_kv_cache(decode_step) -> None:
             if not close(row, wanted[:, t]):
                 mistakes = [
                     (f"keys and values are swapped: cache[{slot}] is for the {name}", other[:, t]),
-                    (f"t = {t}: row {t} of cache[{slot}] was not written: the {name} of x belong there", before[slot, :, t]),
+                    (
+                        f"t = {t}: row {t} of cache[{slot}] was not written: the {name} of x belong there",
+                        before[slot, :, t],
+                    ),
                 ]
-                diagnose(row, mistakes, f"t = {t}: row {t} of cache[{slot}] does not hold the {name} of x, x @ W_{name[0]}")
+                diagnose(
+                    row,
+                    mistakes,
+                    f"t = {t}: row {t} of cache[{slot}] does not hold the {name} of x, x @ W_{name[0]}",
+                )
             changed = ((cache[slot] != before[slot]).any(-1)).any(0)  # (T,)
             changed[t] = False
             if changed.any():
                 (row,) = first(changed)
-                raise Wrong(f"t = {t}: row {row} of the {name} was changed too; a step writes row {t} and no other")
-        expect(not y.isnan().any(), f"t = {t}: the result is nan. Write row {t} first, then look: a position sees itself")
+                raise Wrong(
+                    f"t = {t}: row {row} of the {name} was changed too; a step writes row {t} and no other"
+                )
+        expect(
+            not y.isnan().any(),
+            f"t = {t}: the result is nan. Write row {t} first, then look: a position sees itself",
+        )
         wanted = attend(t, 0, t + 1, k, v)
         if not close(y, wanted):
             mistakes = [
                 (f"t = {t}: position {t} does not see itself; rows 0 to {t} count, that is t + 1 of them",
                  attend(t, 0, t, before[0], before[1]) if t else torch.zeros(B, d)),
-                (f"t = {t}: rows after {t} were read, and they hold what an earlier use has left there", attend(t, 0, T, *cache)),
+                (f"t = {t}: rows after {t} were read, and they hold what an earlier use has left "
+                 "there", attend(t, 0, T, *cache)),
                 (f"t = {t}: row {t + 1} was read; it has not been written yet", attend(t, 0, t + 2, *cache)),
                 (f"t = {t}: row {t} was read before it was written", attend(t, 0, t + 1, *before)),
                 (f"t = {t}: the scores are not divided by sqrt(d)", attend(t, 0, t + 1, k, v, 1.0)),
-                (f"t = {t}: the scores are divided by sqrt(C); d is the size of a key", attend(t, 0, t + 1, k, v, C**-0.5)),
+                (f"t = {t}: the scores are divided by sqrt(C); d is the size of a "
+                 "key", attend(t, 0, t + 1, k, v, C**-0.5)),
             ]  # fmt: skip
             b, i = first((y - wanted).abs() > 1e-4)
-            line = f"t = {t}: number {i} of sequence {b} is {y[b, i].item():.4f}, full attention gives {wanted[b, i].item():.4f}"
+            got, full = y[b, i].item(), wanted[b, i].item()
+            line = f"t = {t}: number {i} of sequence {b} is {got:.4f}, full attention gives {full:.4f}"
             diagnose(y, mistakes, line)
     t = 3
     results = []
     for seed in (1, 2):
         cache = torch.randn(2, B, T, d, generator=torch.Generator().manual_seed(seed)) * 30
         cache[0, :, :t], cache[1, :, :t] = k[:, :t], v[:, :t]
-        results.append(call("decode_step", decode_step, x[:, t], W_q, W_k, W_v, cache, t, where=f" at t = {t}"))
+        results.append(
+            call("decode_step", decode_step, x[:, t], W_q, W_k, W_v, cache, t, where=f" at t = {t}")
+        )
     expect(close(*results), f"t = {t}: the result depends on the rows after {t}, which hold nothing yet")
-    print("decode_step is right: step by step it gives full causal attention, writes one row and reads none of the later ones.")
+    print(
+        "decode_step is right: step by step it gives full causal attention, writes one row and reads none of "
+        "the later ones."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -775,15 +1003,21 @@ def check_residual_refiner(TinyRefiner) -> None:
     torch.manual_seed(0)
     grid, N, D = (2, 3), 6, 5
     refiner = call("TinyRefiner", TinyRefiner, grid, D, where=f" for grid {grid} and code_dim {D}")
-    expect(isinstance(refiner, nn.Module), f"TinyRefiner gave a {type(refiner).__name__}, expected an nn.Module")
+    expect(
+        isinstance(refiner, nn.Module), f"TinyRefiner gave a {type(refiner).__name__}, expected an nn.Module"
+    )
     for name, value in vars(refiner).items():
         if isinstance(value, list | tuple) and any(isinstance(item, nn.Module) for item in value):
-            raise Wrong(f"self.{name} is a plain Python list of layers, which no optimizer finds: use nn.ModuleList")
+            raise Wrong(
+                f"self.{name} is a plain Python list of layers, which no optimizer finds: use nn.ModuleList"
+            )
     refiner.eval()
 
     def output(embeddings, what=refiner):
         where = f" for embeddings {tuple(embeddings.shape)}"
-        return as_tensor("forward", call("forward", what, embeddings, where=where, keep=True), tuple(embeddings.shape))
+        return as_tensor(
+            "forward", call("forward", what, embeddings, where=where, keep=True), tuple(embeddings.shape)
+        )
 
     embeddings = torch.randn(8, N, D, generator=generator) * 4  # of any norm
     start = output(embeddings)
@@ -792,13 +1026,15 @@ def check_residual_refiner(TinyRefiner) -> None:
     if (norms - 1).abs().max() > 1e-4:
         b, t = first((norms - 1).abs() > 1e-4)
         raise Wrong(
-            f"the result at sentence {b}, position {t} has norm {norms[b, t].item():.3f}, expected 1: normalise at the end"
+            f"the result at sentence {b}, position {t} has norm {norms[b, t].item():.3f}, expected 1: "
+            "normalise at the end"
         )
     cosine = F.cosine_similarity(start, embeddings, dim=-1)
     if cosine.min() < 1 - 1e-4:
         b, t = first(cosine < 1 - 1e-4)
         raise Wrong(
-            f"untrained it moves embeddings: at sentence {b}, position {t} the cosine to the input is {cosine[b, t].item():.3f}, "
+            f"untrained it moves embeddings: at sentence {b}, position {t} the cosine to the input is "
+            f"{cosine[b, t].item():.3f}, "
             "expected 1. Add the input, and start the last layer (weight and bias) at zero"
         )
     parameters = [p for p in refiner.parameters() if p.requires_grad]
@@ -806,7 +1042,11 @@ def check_residual_refiner(TinyRefiner) -> None:
     target = unit(8, N, D, generator=generator)
     slopes = torch.autograd.grad(vsr.cosine_loss(output(embeddings), target), parameters, allow_unused=True)
     moved = any(slope is not None and slope.abs().max() > 0 for slope in slopes)
-    expect(moved, "untrained, no parameter gets a gradient, so it stays untrained for ever: only the last layer starts at zero")
+    expect(
+        moved,
+        "untrained, no parameter gets a gradient, so it stays untrained for ever: only the last layer starts "
+        "at zero",
+    )
 
     with torch.no_grad():  # as if it had been trained
         for parameter in parameters:
@@ -815,7 +1055,8 @@ def check_residual_refiner(TinyRefiner) -> None:
     norms = before.norm(dim=-1)
     expect(
         (norms - 1).abs().max() < 1e-4,
-        f"once trained the norms are {norms.min().item():.3f} to {norms.max().item():.3f}, expected 1: normalise the sum",
+        f"once trained the norms are {norms.min().item():.3f} to {norms.max().item():.3f}, expected 1: "
+        "normalise the sum",
     )
     sees = torch.zeros(N, N, dtype=torch.bool)  # [t, s]: the result at t changes with the input at s
     for s in range(N):
@@ -827,26 +1068,34 @@ def check_residual_refiner(TinyRefiner) -> None:
         t, s = first(blind)
         if torch.equal(sees, torch.eye(N, dtype=torch.bool)):
             raise Wrong(
-                f"position {t} does not see position {s}, nor any other: every position has to be told of all, by attention"
+                f"position {t} does not see position {s}, nor any other: every position has to be told of "
+                "all, by attention"
             )
         if torch.equal(sees, torch.ones(N, N, dtype=torch.bool).tril()):
             raise Wrong(
-                f"position {t} does not see position {s}, which comes later: it is causal. vsr.Block needs `grid` to see all"
+                f"position {t} does not see position {s}, which comes later: it is causal. vsr.Block needs "
+                "`grid` to see all"
             )
         raise Wrong(f"position {t} does not see position {s}")
     louder = output(embeddings * 5)
-    expect(close(louder, before), "longer embeddings give another result: normalise them first, only their direction counts")
+    expect(
+        close(louder, before),
+        "longer embeddings give another result: normalise them first, only their direction counts",
+    )
     order = torch.tensor([3, 0, 4, 1, 5, 2])
     expect(
         not close(output(embeddings[:, order]), before[:, order]),
-        "it cannot tell positions apart: shuffled inputs give shuffled results. Embed the place, or give vsr.Block a grid",
+        "it cannot tell positions apart: shuffled inputs give shuffled results. Embed the place, or give "
+        "vsr.Block a grid",
     )
 
     torch.manual_seed(0)
     refiner = call("TinyRefiner", TinyRefiner, (2, 3), D).train()
     codebook = unit(7, D, generator=generator)
     tokens = torch.randint(7, (64, N), generator=generator)
-    truth = tokens.roll(1, 1)  # what is true here is written at the place before: only reading others can find it
+    truth = tokens.roll(
+        1, 1
+    )  # what is true here is written at the place before: only reading others can find it
     optimizer = torch.optim.AdamW(refiner.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
@@ -857,9 +1106,13 @@ def check_residual_refiner(TinyRefiner) -> None:
         losses.append(loss.item())
     expect(
         losses[-1] < 0.8 * losses[0],
-        f"60 steps of training lower the loss from {losses[0]:.3f} to {losses[-1]:.3f} only: do its parts reach the result?",
+        f"60 steps of training lower the loss from {losses[0]:.3f} to {losses[-1]:.3f} only: do its parts "
+        "reach the result?",
     )
-    print("TinyRefiner is right: the identity before training, unit norm, every position sees all others, and it learns.")
+    print(
+        "TinyRefiner is right: the identity before training, unit norm, every position sees all others, and "
+        "it learns."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -871,23 +1124,26 @@ class Case(NamedTuple):
     """Validation sentences, what the frozen backbone wrote for them, and the frozen models."""
 
     prompt: torch.Tensor  # (B, P) long: all images but the last
-    rollout: vsr.Rollout  # tokens y_q (B, N), hidden (B, N, C), context (B, N, C)
+    rollout: vsr.Rollout  # tokens y_q (B, N), states (B, N, C), query (B, N, C)
     truth: torch.Tensor  # (B, N) long, y*: to look at and to score with, never to refine with
     task: torch.Tensor  # (B,) long, into data.TASKS
     codebook: torch.Tensor  # (V, D) unit norm
     backbone: vsr.GPT
-    refiners: dict  # {inputs: vsr.Refiner}, in the order of vsr.INPUTS: the last one reads most
+    refiners: dict  # {reading: vsr.Refiner}: "tokens", "tokens+query", "query"
 
 
 @torch.no_grad()
 def load_case(part: str = "try", path=None) -> Case:
-    """128 validation sentences with the models in `path` (weights/toy.pt). part: "try" for you, "check" for the check.
+    """128 validation sentences with the models in `path` (weights/toy.pt).
 
-    Raises Wrong if the file is not there.
+    part: "try" for you, "check" for the check. Raises Wrong if the file is not there.
     """
     path = Path(path or WEIGHTS)
-    expect(path.exists(), f"{path.name} is not there: `python train_refiner.py --weights weights/{path.name}` makes it")
-    tokenizer, backbone, refiners, config = train_refiner.load_run(path, torch.device("cpu"))
+    expect(
+        path.exists(),
+        f"{path.name} is not there: `python train_refiner.py --weights weights/{path.name}` makes it",
+    )
+    tokenizer, backbone, refiners, config = evaluate.load_run(path, torch.device("cpu"))
     sentences = data.Sentences(data.DataConfig(**config["data"]), config["run"]["seed"])
     numbers = {"try": (0, 1), "check": (2, 3)}[part]
     images, task = data.joined(sentences("val", number, 64) for number in numbers)
@@ -899,36 +1155,38 @@ def load_case(part: str = "try", path=None) -> Case:
 
 @torch.no_grad()
 def plain_refinement(case: Case) -> torch.Tensor:
-    """One pass of the refiner that reads most: tokens (B, N)."""
-    *_, refiner = case.refiners.values()
-    tokens, _ = vsr.refine(refiner, case.codebook, case.rollout.tokens, hidden=case.rollout.hidden, context=case.rollout.context)
-    return tokens
+    """One pass of the refiner that reads what was written and the query: tokens (B, N)."""
+    return vsr.refine(case.refiners["tokens+query"], case.codebook, *case.rollout)[0]
 
 
 @torch.no_grad()
 def report(case: Case, yours: torch.Tensor) -> str:
-    """A table of mean cosine errors, over all sentences and by task."""
+    """A table of mean cosine errors, over all sentences and by task, and of the tokens that are right."""
+    forced = case.backbone.replay(case.prompt, case.truth).states
     written = {
         "backbone alone": case.rollout.tokens,
         "plain refinement": plain_refinement(case),
         "yours": yours,
-        "teacher forced": case.backbone.logits(case.backbone.read(case.prompt, case.truth).hidden).argmax(-1),
+        "teacher forced": case.backbone.logits(forced).argmax(-1),
     }
-    mean = {}
-    lines = [f"{'cosine error':18}{'all':>10}" + "".join(f"{name:>10}" for name in data.TASKS) + f"{'gap closed':>12}"]
+    mean, right = {}, {}
+    head = "".join(f"{name:>10}" for name in ("all", *data.TASKS))
+    lines = [f"{'cosine error':18}{head}{'tokens right':>14}{'gap closed':>12}"]
     for name, tokens in written.items():
         error = vsr.cosine_error(tokens, case.truth, case.codebook).mean(1)  # (B,)
         mean[name] = error.mean().item()
         by_task = [error[case.task == number].mean().item() for number in range(len(data.TASKS))]
-        lines.append(f"{name:18}{mean[name]:10.4f}" + "".join(f"{value:10.4f}" for value in by_task))
+        right[name] = (tokens == case.truth).float().mean().item()
+        row = "".join(f"{value:10.4f}" for value in (mean[name], *by_task))
+        lines.append(f"{name:18}{row}{right[name]:14.1%}")
     for number, name in ((2, "plain refinement"), (3, "yours")):
         lines[number] += f"{vsr.gap_closed(mean['backbone alone'], mean[name], mean['teacher forced']):12.2f}"
-    better = mean["yours"] < mean["plain refinement"]
-    lines.append(
-        "Yours is better than plain refinement."
-        if better
-        else "Yours is not better than plain refinement, which is a result too."
-    )
+    if mean["yours"] >= mean["plain refinement"]:
+        lines.append("Yours is not better than plain refinement, which is a result too.")
+    elif right["yours"] < right["plain refinement"]:
+        lines.append("Yours has the smaller error but fewer right tokens: is that repair, or playing safe?")
+    else:
+        lines.append("Yours is better than plain refinement.")
     return "\n".join(lines)
 
 
@@ -946,19 +1204,28 @@ def check_open(improve, case: Case | None = None) -> None:
         outside = (tokens < 0) | (tokens >= V)
         if outside.any():
             at = first(outside)
-            raise Wrong(f"sentence {at[0]}, position {at[1]}: token {tokens[at].item()} is not in the codebook, 0 to {V - 1}")
+            raise Wrong(
+                f"sentence {at[0]}, position {at[1]}: token {tokens[at].item()} is not in the codebook, 0 to "
+                f"{V - 1}"
+            )
         return tokens.clone()
 
     kept = case.rollout.tokens.clone()
     yours, again, blind = run(case.truth), run(case.truth), run(scrambled)
-    expect(torch.equal(case.rollout.tokens, kept), "improve changed case.rollout.tokens in place: work on a copy")
+    expect(
+        torch.equal(case.rollout.tokens, kept), "improve changed case.rollout.tokens in place: work on a copy"
+    )
     if not torch.equal(yours, again):
         b, t = first(yours != again)
-        raise Wrong(f"two calls with the same case differ at sentence {b}, position {t}: make your generator inside the function")
+        raise Wrong(
+            f"two calls with the same case differ at sentence {b}, position {t}: make your generator inside "
+            "the function"
+        )
     if not torch.equal(yours, blind):
         b, t = first(yours != blind)
         raise Wrong(
-            f"with another truth you give another answer (sentence {b}, position {t}): the truth must not be read, since nobody "
+            f"with another truth you give another answer (sentence {b}, position {t}): the truth must not be "
+            "read, since nobody "
             "has it when a model is used"
         )
     print(report(case, yours))

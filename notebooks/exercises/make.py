@@ -1,10 +1,11 @@
-"""Make the student's notebooks from the solutions: `solutions/NN_name.py` -> `NN_name.ipynb`, without the solution.
+"""Make the student's notebooks, without the solutions: `solutions/NN_name.py` -> `NN_name.ipynb`.
 
     python notebooks/exercises/make.py            # writes all notebooks
-    python notebooks/exercises/make.py --check    # writes nothing; exit status 1 if a notebook is not what would be written
+    python notebooks/exercises/make.py --check    # writes nothing; exit status 1 if a notebook differs
 
-A solution is a Python file in cells: `# %% [markdown]` starts a cell of text, each of its lines behind `# `, and
-`# %%` a cell of code. What stands between `# BEGIN SOLUTION` and `# END SOLUTION` is the student's to write.
+A solution is a Python file in cells: `# %% [markdown]` starts a cell of text, each of its lines behind `# `,
+and `# %%` a cell of code. What stands between `# BEGIN SOLUTION` and `# END SOLUTION` is the student's to
+write.
 """
 
 import argparse
@@ -18,7 +19,7 @@ STUB = 'raise NotImplementedError("write me")'
 
 
 def cells_of(source: str) -> list[tuple[str, str]]:
-    """A file in cells -> [("markdown" or "code", text), ...]. Raises ValueError for text before the first cell."""
+    """A file in cells -> [("markdown" or "code", text), ...]. Raises ValueError for text before the first."""
     before, *parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)
     if before.strip():
         raise ValueError(f"expected `# %%` in the first line, found {before.splitlines()[0]!r}")
@@ -33,15 +34,17 @@ def cells_of(source: str) -> list[tuple[str, str]]:
 
 
 def without_solution(code: str) -> str:
-    """Put the stub, indented as the markers are, in the place of each solution. Raises ValueError for a lone marker."""
-    code = re.sub(r"^( *)# BEGIN SOLUTION\n.*?^ *# END SOLUTION$", rf"\1{STUB}", code, flags=re.MULTILINE | re.DOTALL)
+    """Put the stub in the place of each solution. Raises ValueError for a lone marker."""
+    code = re.sub(
+        r"^( *)# BEGIN SOLUTION\n.*?^ *# END SOLUTION$", rf"\1{STUB}", code, flags=re.MULTILINE | re.DOTALL
+    )
     if "SOLUTION" in code:
         raise ValueError("BEGIN SOLUTION without END SOLUTION, or the other way round")
     return code
 
 
 def notebook(source: str) -> str:
-    """The student's notebook of a solution, as the text of an .ipynb file: the same text for the same source."""
+    """The student's notebook of a solution, as the text of an .ipynb file: the same for the same source."""
     cells = []
     for number, (kind, text) in enumerate(cells_of(source)):
         cell = {"cell_type": kind, "id": f"cell-{number:02d}", "metadata": {}}
@@ -67,11 +70,16 @@ def main():
             continue
         differ += 1
         if args.check:
-            print(f"{path.name} is not what solutions/{solution.name} gives: run make.py, and change solutions only")
+            print(
+                f"{path.name} is not what solutions/{solution.name} gives: run make.py, and change solutions "
+                "only"
+            )
         else:
             path.write_text(made, encoding="utf-8", newline="\n")
             print(f"wrote {path.name}")
-    for path in sorted(set(HERE.glob("*.ipynb")) - {HERE / f"{solution.stem}.ipynb" for solution in solutions}):
+    for path in sorted(
+        set(HERE.glob("*.ipynb")) - {HERE / f"{solution.stem}.ipynb" for solution in solutions}
+    ):
         differ += 1
         print(f"{path.name} has no solution that it is made from")
     sys.exit(1 if args.check and differ else 0)

@@ -3,29 +3,31 @@
 #
 # **30 minutes. You need:** softmax, sorting. **You learn:** how tokens are drawn without the long tail.
 #
-# Drawing each token from the model's own distribution now and then gives one that the model itself thinks very
-# unlikely, and that mistake becomes the context of all later tokens. Top-p sampling (nucleus sampling) draws from the
-# likeliest tokens only: the fewest that together reach the probability $p$.
+# Drawing each token from the model's own distribution now and then gives one that the model itself thinks
+# very unlikely, and that mistake becomes the context of all later tokens. Top-p sampling (nucleus sampling)
+# draws from the likeliest tokens only: the fewest that together reach the probability $p$.
 #
-# Let $v_1, v_2, \dots$ be the tokens in falling order of probability. Token $v_i$ is kept if what comes before it has
-# not reached $p$ yet, and what is kept is scaled to sum to 1:
+# Let $v_1, v_2, \dots$ be the tokens in falling order of probability. Token $v_i$ is kept if what comes
+# before it has not reached $p$ yet, and what is kept is scaled to sum to 1:
 #
 # $$v_i \text{ is kept} \iff \sum_{j < i} P(v_j) < p$$
 #
 # **Write** `top_p_probabilities(logits, top_p)`.
 #
-# - `logits`: float32 `(B, V)`, one row a sentence, V tokens. Some may be minus infinity. Leave them as they are.
+# - `logits`: float32 `(B, V)`, one row a sentence, V tokens. Some may be minus infinity. Leave them as they
+#   are.
 # - `top_p`: a float above 0, at most 1. With 1 all are kept. The likeliest token is kept always.
-# - The result: float32 `(B, V)`, the probabilities to draw from, in the order of the vocabulary: 0 for tokens that are
-#   not kept, the others in their old proportions, each row summing to 1. Of equally likely tokens any may be kept,
-#   but no more of them than needed.
+# - The result: float32 `(B, V)`, the probabilities to draw from, in the order of the vocabulary: 0 for tokens
+#   that are not kept, the others in their old proportions, each row summing to 1. Of equally likely tokens
+#   any may be kept, but no more of them than needed.
 #
 # It is part of [`sample` in `vsr.py`](../../vsr.py). Try first, then compare.
 #
 # <details><summary>Hint</summary>
 #
-# Sort the probabilities of each row, `ordered, order = p.sort(descending=True)`. The sum of all that come before is
-# `ordered.cumsum(-1) - ordered`. `scatter` with `order` brings sorted values back to their own places.
+# Sort the probabilities of each row, `ordered, order = p.sort(descending=True)`. The sum of all that come
+# before is `ordered.cumsum(-1) - ordered`. `scatter` with `order` brings sorted values back to their own
+# places.
 #
 # </details>
 
@@ -43,7 +45,7 @@ import torch
 
 # %%
 def top_p_probabilities(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """What to draw from: logits (B, V), 0 < top_p <= 1 -> probabilities (B, V), 0 where not kept, rows sum to 1."""
+    """What to draw from: logits (B, V), 0 < top_p <= 1 -> probabilities (B, V), 0 where not kept."""
     # BEGIN SOLUTION
     ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V), likeliest first
     before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
@@ -60,7 +62,8 @@ from checks import check_top_p
 check_top_p(top_p_probabilities)
 
 # %% [markdown]
-# Draw with it. The bars are the probabilities to draw from, the dots are how often a token came up in 2000 draws.
+# Draw with it. The bars are the probabilities to draw from, the dots are how often a token came up in 2000
+# draws.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -79,8 +82,8 @@ plt.show()
 # %% [markdown]
 # ## Where this is in the project
 #
-# [`sample` in `vsr.py`](../../vsr.py) does it on logits, after temperature and top-k. `python generate.py --help` names
-# its flags.
+# [`sample` in `vsr.py`](../../vsr.py) does it on logits, after temperature and top-k.
+# `python generate.py --help` names its flags.
 #
-# **Go further.** Temperature comes first there, then top-p. What would change if it came last? How many tokens does
-# top-p keep where the model is sure, and where it is not, compared with top-k?
+# **Go further.** Temperature comes first there, then top-p. What would change if it came last? How many
+# tokens does top-p keep where the model is sure, and where it is not, compared with top-k?

@@ -3,28 +3,30 @@
 #
 # **35 minutes. You need:** `nn.Module`. **You learn:** the control that a refiner has to beat.
 #
-# Is a refiner needed, or would a little fine-tuning of the backbone do as well? To ask that fairly the backbone is tuned
-# with few new parameters. LoRA leaves the weight $W$ of a linear layer frozen and learns a change of low rank
-# $r$, the product of two thin matrices.
+# Is a refiner needed, or would a little fine-tuning of the backbone do as well? To ask that fairly the
+# backbone is tuned with few new parameters. LoRA leaves the weight $W$ of a linear layer frozen and learns a
+# change of low rank $r$, the product of two thin matrices.
 #
-# $$y = x W^\top + b + x (B A)^\top, \qquad W: (\text{out}, \text{in}), \quad A: (r, \text{in}), \quad B: (\text{out}, r)$$
+# $$y = x W^\top + b + x (B A)^\top, \qquad
+# W: (\text{out}, \text{in}), \quad A: (r, \text{in}), \quad B: (\text{out}, r)$$
 #
 # **Write** the class `LoRALinear`.
 #
 # - `LoRALinear(linear, rank)` wraps an `nn.Linear`, with or without bias, and freezes it.
-# - Its only parameters that learn are `self.A`, an `nn.Parameter` of shape `(rank, in)`, random at the start with
-#   standard deviation $1/\sqrt{\text{in}}$, and `self.B`, `(out, rank)`, zero at the start. So before training the layer
-#   computes just what the linear layer does.
+# - Its only parameters that learn are `self.A`, an `nn.Parameter` of shape `(rank, in)`, random at the start
+#   with standard deviation $1/\sqrt{\text{in}}$, and `self.B`, `(out, rank)`, zero at the start. So before
+#   training the layer computes just what the linear layer does.
 # - `forward(x)`: float32 `(..., in)` -> `(..., out)`, as in the equation. There is no further scale.
-# - `merged()` gives an ordinary new `nn.Linear` with the weight $W + BA$ and the bias $b$. It leaves this layer as it is
-#   and shares no memory with it.
+# - `merged()` gives an ordinary new `nn.Linear` with the weight $W + BA$ and the bias $b$. It leaves this
+#   layer as it is and shares no memory with it.
 #
-# It is [`LoRA` in `vsr.py`](../../vsr.py). Try first, then compare.
+# It is [`LoRA` in `lora.py`](../../studies/lora.py). Try first, then compare.
 #
 # <details><summary>Hint</summary>
 #
-# `linear.requires_grad_(False)` freezes weight and bias at once. If A and B were both zero, neither would get a gradient:
-# that of B is proportional to A, and the other way round. Copy values with `with torch.no_grad(): new.weight.copy_(...)`.
+# `linear.requires_grad_(False)` freezes weight and bias at once. If A and B were both zero, neither would get
+# a gradient: that of B is proportional to A, and the other way round. Copy values with
+# `with torch.no_grad(): new.weight.copy_(...)`.
 #
 # </details>
 
@@ -79,8 +81,8 @@ from checks import check_lora_layer
 check_lora_layer(LoRALinear)
 
 # %% [markdown]
-# How much rank is enough? The target is the layer's own weight plus a change of rank 4. Adapters of rank 4 and more can
-# learn it, thinner ones cannot.
+# How much rank is enough? The target is the layer's own weight plus a change of rank 4. Adapters of rank 4
+# and more can learn it, thinner ones cannot.
 
 # %%
 torch.manual_seed(0)
@@ -91,7 +93,7 @@ for rank in (1, 2, 4, 8):
     layer = LoRALinear(copy.deepcopy(start), rank)
     optimizer = torch.optim.Adam([layer.A, layer.B], lr=2e-2)
     losses = []
-    for _ in range(200):
+    for _ in range(150):
         x = torch.randn(64, 32)
         loss = F.mse_loss(layer(x), start(x).detach() + x @ change.T)
         optimizer.zero_grad()
@@ -107,9 +109,9 @@ plt.show()
 # %% [markdown]
 # ## Where this is in the project
 #
-# [`LoRA` in `vsr.py`](../../vsr.py) is the same thing as a parametrization, so that `add_lora` can put it on every
-# linear layer of a finished model and `merge_lora` can take it off again. [`study.py`](../../study.py) trains it as a
-# control of the refiner.
+# [`LoRA` in `lora.py`](../../studies/lora.py) is the same thing as a parametrization, so that `add_lora` can
+# put it on every linear layer of a finished model and `merge_lora` can take it off again. It is trained as a
+# control of the refiner: the backbone could have been improved instead.
 #
-# **Go further.** At the very first step the gradient of A is zero. Show it. For which rank has the adapter as many
-# parameters as W itself?
+# **Go further.** At the very first step the gradient of A is zero. Show it. For which rank has the adapter as
+# many parameters as W itself?

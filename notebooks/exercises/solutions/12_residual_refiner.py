@@ -3,9 +3,10 @@
 #
 # **50 minutes. You need:** exercises 2, 3 and 4. **You learn:** the heart of the method.
 #
-# The backbone wrote $N$ tokens one after the other, with its mistakes. The refiner reads the embeddings of **all** of them
-# at once, those that come later as well, and says by how much each has to move. It is residual: it adds to what it was given.
-# Its last layer starts at zero, so untrained it changes nothing and cannot make things worse.
+# The backbone wrote $N$ tokens one after the other, with its mistakes. The refiner reads the embeddings of
+# **all** of them at once, those that come later as well, and says by how much each has to move. It is
+# residual: it adds to what it was given. Its last layer starts at zero, so untrained it changes nothing and
+# cannot make things worse.
 #
 # $$\bar e = \frac{e_\text{seq}}{\|e_\text{seq}\|}, \qquad
 # e'_\text{seq} = \frac{\bar e + g_\phi(\bar e)}{\|\bar e + g_\phi(\bar e)\|}, \qquad
@@ -15,19 +16,21 @@
 #
 # **Write** the class `TinyRefiner`.
 #
-# - `TinyRefiner(grid, code_dim, width=32, heads=4)`: `grid` is `(h, w)`, the N = h * w tokens of an image in raster order.
-#   `code_dim` is D. `width` is the size of a hidden state and a multiple of `heads`.
-# - Inside, $g_\phi$: a linear layer D -> width, two Transformer blocks in which every position sees all positions, and a
-#   linear layer width -> D, whose weight and bias start at zero. `vsr.Block(width, heads, dropout, grid)` is such a
-#   block; given a grid it is bidirectional and knows where each position lies. Use dropout 0.
+# - `TinyRefiner(grid, code_dim, width=32, heads=4)`: `grid` is `(h, w)`, the N = h * w tokens of an image in
+#   raster order. `code_dim` is D. `width` is the size of a hidden state and a multiple of `heads`.
+# - Inside, $g_\phi$: a linear layer D -> width, two Transformer blocks in which every position sees all
+#   positions, and a linear layer width -> D, whose weight and bias start at zero.
+#   `vsr.Block(width, heads, dropout, grid)` is such a block; given a grid it is bidirectional and knows where
+#   each position lies. Use dropout 0.
 # - `forward(embeddings)`: float32 `(B, N, D)` of any norm -> $e'_\text{seq}$, float32 `(B, N, D)`, unit norm.
 #
-# The check trains it for 60 steps, which takes a second. It is [`Refiner` in `vsr.py`](../../vsr.py). Try first, then compare.
+# The check trains it for 60 steps, which takes a second. It is [`Refiner` in `vsr.py`](../../vsr.py). Try
+# first, then compare.
 #
 # <details><summary>Hint</summary>
 #
-# `F.normalize(x, dim=-1)`, twice. `nn.init.zeros_(layer.weight)`. Layers in a plain Python list are found by no optimizer:
-# use `nn.ModuleList` or `nn.Sequential`. Without `grid` a `vsr.Block` is causal.
+# `F.normalize(x, dim=-1)`, twice. `nn.init.zeros_(layer.weight)`. Layers in a plain Python list are found by
+# no optimizer: use `nn.ModuleList` or `nn.Sequential`. Without `grid` a `vsr.Block` is causal.
 #
 # </details>
 
@@ -77,8 +80,8 @@ from checks import check_residual_refiner
 check_residual_refiner(TinyRefiner)
 
 # %% [markdown]
-# Train yours on a small world: in the truth every row of the image has one code, and in what was generated about a quarter
-# of the tokens is wrong. Which ones are wrong can only be told from the rest of their row.
+# Train yours on a small world: in the truth every row of the image has one code, and in what was generated
+# about a quarter of the tokens is wrong. Which ones are wrong can only be told from the rest of their row.
 
 # %%
 torch.manual_seed(0)
@@ -96,8 +99,8 @@ def make_rollouts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 refiner = TinyRefiner((h, w), D)
 optimizer = torch.optim.AdamW(refiner.parameters(), lr=5e-3)
 losses = []
-for _ in range(200):
-    tokens, truth = make_rollouts(64)
+for _ in range(120):
+    tokens, truth = make_rollouts(32)
     loss = vsr.cosine_loss(refiner(codebook[tokens]), codebook[truth])
     optimizer.zero_grad()
     loss.backward()
@@ -107,11 +110,16 @@ for _ in range(200):
 tokens, truth = make_rollouts(256)
 with torch.no_grad():
     refined = vsr.nearest_code(refiner(codebook[tokens]), codebook)  # (256, N)
-print(f"tokens right before {(tokens == truth).float().mean():.3f}, after {(refined == truth).float().mean():.3f}")
+print(
+    f"tokens right before {(tokens == truth).float().mean():.3f}, after "
+    f"{(refined == truth).float().mean():.3f}"
+)
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.8), layout="constrained")
 axes[0].plot(losses)
 axes[0].set(xlabel="step", ylabel="cosine loss")
-for axis, name, picture in zip(axes[1:], ("generated", "refined", "truth"), (tokens, refined, truth), strict=True):
+for axis, name, picture in zip(
+    axes[1:], ("generated", "refined", "truth"), (tokens, refined, truth), strict=True
+):
     axis.imshow(picture[0].view(h, w).numpy(), cmap="tab10", vmin=0, vmax=9)
     axis.set(title=name, xlabel="column of tokens", ylabel="row of tokens")
 plt.show()
@@ -119,9 +127,11 @@ plt.show()
 # %% [markdown]
 # ## Where this is in the project
 #
-# [`Refiner` in `vsr.py`](../../vsr.py) has a norm before its last layer, embeddings of row and column, and reads the backbone's
-# hidden states as well if it is told to. Its loss is [`cosine_loss` in `vsr.py`](../../vsr.py), and `train_refiner` in
+# [`Refiner` in `vsr.py`](../../vsr.py) has a norm before its last layer, embeddings of row and column, and
+# reads the backbone's hidden states as well if it is told to: those over the query, or those that wrote the
+# tokens. Its loss is [`cosine_loss` in `vsr.py`](../../vsr.py), and `train_refiner` in
 # [`train_refiner.py`](../../train_refiner.py) trains it on rollouts of the frozen backbone.
 #
-# **Go further.** Make the blocks causal (leave out `grid`, and add an embedding of the place instead) and train again: which
-# positions of a row suffer? Leave out the residual: how many more steps does it take to be as good as doing nothing?
+# **Go further.** Make the blocks causal (leave out `grid`, and add an embedding of the place instead) and
+# train again: which positions of a row suffer? Leave out the residual: how many more steps does it take to be
+# as good as doing nothing?

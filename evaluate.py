@@ -1,0 +1,328 @@
+"""What every method writes for held-out sentences, how good it is, and the table and pictures of it.
+
+    vqgan_limit         the true tokens, decoded: what the tokenizer alone loses
+    teacher_forced      the backbone with the true tokens before each position: no accumulated error
+    ar_greedy           the backbone on its own, the likeliest token each time
+    ar_sampled          the same, drawn at temperature 1
+    expected_embedding  hedging: the code nearest to the mean embedding under the backbone's softmax
+    refined_...         what a refiner makes of the greedy image, by what it reads
+    parallel            the same network reading the query's states alone, without the written image
+
+Models are frozen; `autocast` is the context to run them in (`runtime.autocast`).
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import data
+import runtime
+import vqgan
+import vsr
+from data import TASKS
+from runtime import UserError
+from vqgan import VQGAN, VQGANConfig
+from vsr import GPT, GPTConfig, Refiner, RefinerConfig
+
+COLOURS = {
+    "teacher_forced": "#2a9d4a",
+    "ar_greedy": "#d1495b",
+    "ar_sampled": "#edae49",
+    "expected_embedding": "#8d99ae",
+    "refined_tokens": "#66a5e0",
+    "refined_tokens+states": "#4a7fc1",
+    "refined_tokens+query": "#1d4e9e",
+    "refined_tokens+states+query": "#5e3c99",
+    "parallel": "#c77dba",
+}
+
+
+def reading(text: str) -> str:
+    """The name of what a refiner reads, "tokens+query" for instance, in the order of `vsr.READS`."""
+    if not set(text.split("+")) <= set(vsr.READS):
+        raise ValueError(f"{text}: expected one or more of {', '.join(vsr.READS)}, joined by +")
+    return "+".join(source for source in vsr.READS if source in text.split("+"))
+
+
+def method_name(reading: str) -> str:
+    """The row of a refiner, by what it reads. Without tokens it is `parallel`."""
+    return f"refined_{reading}" if "tokens" in reading.split("+") else "parallel"
+
+
+@torch.no_grad()
+def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, total: int, device, autocast):
+    """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU."""
+    small = torch.int16 if tokenizer.config.codebook_size < 2**15 else torch.int32
+    tokens, batches = [], sentences.batches(split, total)
+    for images, _ in tqdm(batches, f"encode {split}", -(-total // 64), mininterval=1, leave=None):
+        with autocast:
+            encoded = tokenizer.encode(images.flatten(0, 1).to(device))
+        tokens.append(encoded.view(*images.shape[:2], -1).to("cpu", small))
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
+def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, autocast, seed: int = 0) -> dict:
+    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}."""
+    device = backbone.head.weight.device
+    codebook = tokenizer.codebook.vectors
+    generator = torch.Generator().manual_seed(seed)
+    written = {}
+    for part in tokens.split(64):
+        prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
+        y_true = part[:, -1].long().to(device)  # (B, N)
+        N = y_true.shape[1]
+        with autocast:
+            rollout = backbone.generate(prompt, N)
+            now = {
+                "vqgan_limit": y_true,
+                "teacher_forced": backbone.logits(backbone.replay(prompt, y_true).states).argmax(-1),
+                "ar_greedy": rollout.tokens,
+                "ar_sampled": backbone.generate(prompt, N, 1.0, generator=generator).tokens,
+                "expected_embedding": vsr.expected_embedding(backbone.logits(rollout.states), codebook),
+            }
+            for reading, refiner in refiners.items():
+                now[method_name(reading)], _ = vsr.refine(refiner, codebook, *rollout)
+        for method, y in now.items():
+            written.setdefault(method, []).append(y.cpu())
+    return {method: torch.cat(parts) for method, parts in written.items()}
+
+
+@torch.no_grad()
+def decode_images(tokenizer: VQGAN, tokens: torch.Tensor, autocast) -> torch.Tensor:
+    """Tokens (S, N) -> images (S, 3, H, W) in [-1, 1] on the CPU, in batches."""
+    device = tokenizer.codebook.weight.device
+    with autocast:
+        return torch.cat([tokenizer.decode(part.long().to(device)).cpu() for part in tokens.split(128)])
+
+
+def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: torch.Tensor, autocast) -> dict:
+    """Measure each method on all sentences and by task, against the true images (S, 3, H, W)."""
+    codebook = tokenizer.codebook.vectors.cpu()
+    y_true = written["vqgan_limit"]
+    scores = {}
+    for method, y in written.items():
+        error = vsr.cosine_error(y, y_true, codebook)  # (S, N)
+        images = decode_images(tokenizer, y, autocast)
+        psnr, ssim = vqgan.psnr(images, truth), vqgan.ssim(images, truth)  # (S,)
+        scores[method] = {}
+        for name in ("all", *TASKS):
+            rows = torch.ones_like(task, dtype=torch.bool)
+            if name != "all":
+                rows = task == TASKS.index(name)
+            by_position = error[rows].mean(0)  # (N,)
+            scores[method][name] = {
+                "cosine_error": by_position.mean().item(),
+                "auc": by_position.sum().item(),
+                "token_accuracy": (y == y_true)[rows].float().mean().item(),
+                "psnr": psnr[rows].mean().item(),
+                "ssim": ssim[rows].mean().item(),
+                "cosine_error_by_position": by_position.tolist(),
+            }
+    return scores
+
+
+def gap_closed(scores: dict, method: str, name: str) -> float:
+    """`vsr.gap_closed` of a method over all sentences or a task; AR is the better decoding of the two."""
+    free = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
+    refined, forced = (scores[m][name]["cosine_error"] for m in (method, "teacher_forced"))
+    return vsr.gap_closed(free, refined, forced)
+
+
+def format_table(scores: dict) -> str:
+    """The results as text, one line a method."""
+    lines = [
+        f"{'':28}{'cosine error (lower is better)':^40}{'gap':>7}{'token':>8}{'PSNR in dB':^32}",
+        " " * 28,
+    ]
+    lines[1] += "".join(f"{name:>10}" for name in ("all", *TASKS)) + f"{'closed':>7}{'acc.':>8}"
+    lines[1] += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
+    for method, score in scores.items():
+        gap = gap_closed(scores, method, "all") if changes_greedy(method) else math.nan
+        row = f"{method:28}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in ("all", *TASKS))
+        row += f"{'' if math.isnan(gap) else format(gap, '.2f'):>7}{score['all']['token_accuracy']:8.3f}"
+        lines.append(row + "".join(f"{score[name]['psnr']:8.2f}" for name in ("all", *TASKS)))
+    return "\n".join(lines)
+
+
+def changes_greedy(method: str) -> bool:
+    """Whether a method answers what greedy decoding wrote, and is measured by the gap it closes."""
+    return method.startswith("refined_") or method in ("expected_embedding", "parallel")
+
+
+def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, params: dict) -> str:
+    """Stage 5: measure a run on test sentences, write metrics.json and pictures; returns what to print.
+
+    trained: `train_refiner.Trained`. images (S, 2K+2, 3, H, W), task (S,). setting: its configuration.
+    """
+    began, tokenizer, log = time.perf_counter(), trained.tokenizer, trained.logs["backbone"]
+    device = tokenizer.codebook.weight.device
+    autocast = runtime.autocast(device, getattr(torch, setting["dtype"]))
+    tokens = encode_sentences(tokenizer, sentences, "test", len(task), device, autocast)
+    models = (tokenizer, trained.backbone, trained.refiners)
+    written = decode_methods(*models, tokens, autocast, setting["seed"])
+    scores = score_methods(tokenizer, written, images[:, -1], task, autocast)
+    plot_error_by_position(out / "error_by_position.png", scores)
+    plot_training(out / "training.png", trained.logs)
+    save_samples(out / "samples.png", tokenizer, written, images, task, autocast)
+    save_reconstructions(out / "reconstructions.png", tokenizer, sentences, "test", autocast)
+    seconds = {**trained.seconds, "evaluation": time.perf_counter() - began}
+    losses = {name: log[name][-1] for name in ("loss", "val_loss", "val_target_loss", "val_target_accuracy")}
+    quality = vqgan.score_tokenizer(tokenizer, sentences, "val", autocast)
+    metrics = {"config": setting, "seconds": seconds, "params": params, "tokenizer": quality}
+    runtime.save(out / "metrics.json", {**metrics, "backbone": losses, "methods": scores})
+    lines = [f"\n{len(task)} test sentences\n", format_table(scores), ""]
+    for name, values in (("tokenizer", quality), ("backbone", losses), ("seconds", seconds)):
+        lines.append(f"{name:12}" + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None))
+    lines.append(f"\nall {sum(seconds.values()):.0f} seconds; metrics and pictures are in {out}")
+    return "\n".join(lines)
+
+
+def new_figure(panels: int, labels: str):
+    """A figure with a row of panels, and its axes, without frames."""
+    figure = Figure(figsize=(3.25 * panels, 3.6), layout="constrained", dpi=120)
+    axes = figure.subplots(1, panels)
+    for axis in axes:
+        axis.set_xlabel(labels)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_error_by_position(path, scores: dict) -> None:
+    """The paper's Figure 2 on the toy: cosine error by token position, AUC in the legend, by task."""
+    figure, axes = new_figure(4, "token position t (raster order)")
+    for axis, name in zip(axes, ("all", *TASKS), strict=True):
+        for method, colour in COLOURS.items():
+            if method in scores and method != "ar_sampled":
+                error = torch.tensor(scores[method][name]["cosine_error_by_position"])
+                smooth = F.avg_pool1d(F.pad(error[None, None], (3, 3), mode="replicate"), 7, 1)[0, 0]
+                axis.plot(error, color=colour, alpha=0.15, linewidth=0.8)
+                axis.plot(smooth, color=colour, label=f"{method}  AUC {error.sum():.2f}")
+        axis.set(title=name, ylim=(0, None))
+        axis.legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
+    axes[0].set_ylabel("cosine error")
+    runtime.write_whole(path, figure.savefig)
+
+
+def plot_training(path, logs: dict) -> None:
+    """The losses of all stages: lines for training, dots for validation."""
+    figure, (losses, codes, cross_entropy, cosine) = new_figure(4, "step")
+    log = logs["tokenizer"]
+    for name in ("reconstruction", "gradient", "commitment", "generator", "discriminator"):
+        if any(log[name]):
+            label = name if min(log[name]) >= 0 else f"|{name}|"
+            losses.plot(log["step"], [abs(value) for value in log[name]], label=label)
+    losses.set(title="tokenizer", yscale="log", ylabel="loss")
+    codes.plot(log["step"], log["codes_in_use"], label="codes used by the batch")
+    codes.set(title="tokenizer", ylim=(0, None), ylabel="codes")
+    log = logs["backbone"]
+    cross_entropy.plot(log["step"], log["loss"], label="training", linewidth=0.8)
+    for name, label in (("val_loss", "validation"), ("val_target_loss", "validation, last image")):
+        cross_entropy.plot(log["val_step"], log[name], "o-", markersize=3, label=label)
+    cross_entropy.set(title="backbone", ylabel="cross-entropy in nats per token")
+    for method, log in ((method_name(n[8:]), log) for n, log in logs.items() if n.startswith("refiner_")):
+        cosine.plot(log["step"], log["loss"], color=COLOURS[method], linewidth=0.6, alpha=0.6)
+        cosine.plot(log["val_step"], log["val_loss"], "o-", color=COLOURS[method], markersize=3, label=method)
+    cosine.set(title="refiners", ylabel="cosine loss", ylim=(0, None))
+    for axis in figure.axes:
+        axis.legend(fontsize=7, frameon=False)
+    runtime.write_whole(path, figure.savefig)
+
+
+def save_samples(path, tokenizer: VQGAN, written: dict, images, task, autocast, per_task: int = 3) -> None:
+    """Rows of test sentences: the prompt, greedy, each refiner, the truth, and where tokens are wrong.
+
+    The rows are the first sentences of each task, not chosen ones. images: (S, 2K+2, 3, H, W).
+    """
+    codebook = tokenizer.codebook.vectors.cpu()
+    shown = [m for m in written if m == "ar_greedy" or m.startswith("refined_") or m == "parallel"]
+    rows, labels = [], []
+    for number, name in enumerate(TASKS):
+        for i in (task == number).nonzero().flatten()[:per_task].tolist():
+            tokens = torch.stack([written[method][i] for method in shown])  # (methods, N)
+            error = vsr.cosine_error(tokens, written["vqgan_limit"][i], codebook)
+            made = decode_images(tokenizer, tokens, autocast)
+            rows.append([*images[i, :-1], *made, images[i, -1], *error.unflatten(1, tokenizer.grid)])
+            labels.append(name)
+    titles = [*data.prompt_titles(images.shape[1]), *shown, "truth", *(f"error of {m}" for m in shown)]
+    data.save_picture(path, rows, labels, titles)
+
+
+def save_reconstructions(path, model: VQGAN, sentences: data.Sentences, split: str, autocast) -> None:
+    """Sources and targets of each task, above what the tokenizer makes of them."""
+    images, task = sentences(split, 0, 64)
+    rows, labels = [], []
+    for number, name in enumerate(TASKS):
+        pairs = images[task == number][:4, -2:].flatten(0, 1)  # (8, 3, H, W) source, target, ...
+        with torch.no_grad(), autocast:
+            tokens = model.encode(pairs.to(model.codebook.weight.device))
+        rows += [list(pairs), list(decode_images(model, tokens, autocast))]
+        labels += [name, "rebuilt"]
+    data.save_picture(path, rows, labels, ["source", "target"] * 4)
+
+
+# The models of a finished run
+
+
+def make_model(kind: str, config: dict) -> nn.Module:
+    """An untrained tokenizer, backbone or refiner from the configuration in a checkpoint: plain types."""
+    side = config["data"]["image_size"] // config["vqgan"]["factor"]
+    tokenizer = VQGANConfig(**config["vqgan"])
+    if kind == "tokenizer":
+        return VQGAN(tokenizer, config["data"]["image_size"])
+    backbone = GPTConfig(**config["gpt"])
+    if kind == "backbone":
+        return GPT(backbone, tokenizer.codebook_size, side * side, 2 * config["data"]["num_demos"] + 2)
+    reads, refiner = config["reads"].split("+"), RefinerConfig(**config["refiner"])
+    return Refiner(refiner, reads, (side, side), tokenizer.code_dim, backbone.width)
+
+
+def load_model(kind: str, checkpoint: dict, device, path) -> nn.Module:
+    """The frozen model of a checkpoint. Raises UserError, naming the file, if it holds something else."""
+    try:
+        model = make_model(kind, checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError):  # another model, or a field that is gone
+        raise UserError(f"{path}: the checkpoint of another model or another version") from None
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
+    """All models of a finished run: tokenizer, backbone, {reading: refiner}, and their configuration.
+
+    path: the folder of a run, or a file that `save_weights` wrote. Raises UserError, naming the file, if a
+    checkpoint is missing or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ["tokenizer.pt", "backbone.pt", *(file.name for file in path.glob("refiner_*.pt"))]
+        checkpoints = {name: runtime.load_checkpoint(path / name) for name in names}
+    elif path.is_file():
+        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
+    else:
+        raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
+    models = {}
+    for name, checkpoint in checkpoints.items():
+        kind, _, reading = name.removesuffix(".pt").partition("_")
+        models[reading or kind] = load_model(kind, checkpoint, device, path / name)
+    if len(models) < 3 or not {"tokenizer", "backbone"} <= models.keys():
+        raise UserError(f"--run {path}: no refiner in it; `python train_refiner.py --out {path}` goes on")
+    tokenizer, backbone = models.pop("tokenizer"), models.pop("backbone")
+    refiners = dict(sorted(models.items(), key=lambda item: ("tokens" not in item[0], len(item[0]))))
+    return tokenizer, backbone, refiners, checkpoints["backbone.pt"]["config"]
+
+
+def save_weights(path, out: Path, readings) -> None:
+    """Put all models of the run in `out` into one file, in half precision."""
+    small = {}
+    for name in ("tokenizer.pt", "backbone.pt", *(f"refiner_{reading}.pt" for reading in readings)):
+        checkpoint = runtime.load_checkpoint(out / name)
+        weights = {key: x.half() if x.is_floating_point() else x for key, x in checkpoint["model"].items()}
+        small[name] = {"config": checkpoint["config"], "model": weights}
+    runtime.save(path, {"config": small["backbone.pt"]["config"], "checkpoints": small})

@@ -1,0 +1,380 @@
+"""Nothing in this file has to do with refinement: it is what lets the others be about nothing else.
+
+Flags, mistakes of the user in one line, devices and precision, files that are whole or not there,
+trainings that go on after a kill, more than one process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """Something the user can put right. Commands print its one line and exit with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a bad flag, and flags made from the fields of a config dataclass."""
+
+    def error(self, message):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def add_run_flags(self, out: str) -> None:
+        self.add_argument("--out", default=out, help=f"folder for what is written (default: {out})")
+        self.add_argument("--seed", type=seed, default=0, help="of data, initialisation and batches")
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+        self.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+
+    def add_config(self, config_class, prefix: str = "", skip: tuple = ()) -> None:
+        """Add one flag a field; the annotations are `Annotated[type, help]`, with a range if need be."""
+        group = self.add_argument_group(f"{config_class.__name__}: {config_class.__doc__.splitlines()[0]}")
+        for name, (kind, text, *_) in annotations(config_class).items():
+            if name not in skip:
+                options = {"type": kind, "metavar": kind.__name__.upper()}
+                if kind is bool:  # --flag and --no-flag
+                    options = {"action": argparse.BooleanOptionalAction}
+                group.add_argument(f"--{prefix}{name}".replace("_", "-"), help=text, **options)
+
+
+def annotations(config_class) -> dict:
+    """{field: (type, help, and a range if there is one)} of a config dataclass."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {item.name: typing.get_args(hints[item.name]) for item in dataclasses.fields(config_class)}
+
+
+def configs_from_flags(args, classes: dict, preset: dict) -> dict:
+    """{component: config} of {component: class}: defaults, a preset's values over them, flags over both.
+
+    Raises UserError, naming the flag, for a number out of its range: by default an int is at least 1, a
+    float at least 0, and both are finite.
+    """
+    configs = {}
+    for component, config_class in classes.items():
+        prefix, values = "" if component == "data" else f"{component}_", dict(preset.get(component, {}))
+        for name, (kind, _, *limits) in annotations(config_class).items():
+            if (given := getattr(args, f"{prefix}{name}", None)) is not None:
+                low, high = limits[0] if limits else (int(kind is int), math.inf)
+                if kind in (int, float) and not (low <= given <= high and math.isfinite(given)):
+                    at_most = f" and at most {high:g}" if high < math.inf else " and finite" * (kind is float)
+                    flag = f"--{prefix}{name}".replace("_", "-")
+                    raise UserError(f"{flag} {given}: expected a number of at least {low:g}{at_most}")
+                values[name] = given
+        configs[component] = config_class(**values)
+    return configs
+
+
+def seed(text: str) -> int:
+    """A seed from a flag, 0 to 2^63 - 1; argparse names the flag for any other."""
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+def run_command(main, kept: str = "", divides: bool = False) -> None:
+    """Run `main`: a UserError is one line and exit status 2. kept: what to say after Ctrl-C.
+
+    divides: whether the command divides its work among the processes of `torchrun`.
+    """
+    try:
+        if dist.is_torchelastic_launched() and not divides:
+            raise UserError("torchrun: only train_refiner.py works in more than one process")
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print("\ninterrupted", *filter(None, (str(interrupt), kept)), sep=". ", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` -> a device that is there. Raises UserError otherwise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or mps")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`, `float32` or `bfloat16` -> the precision of `autocast`.
+
+    `auto` is bfloat16 where the hardware is fast at it: GPUs, and CPUs with AVX512-BF16 or AMX.
+    """
+    if name == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if device.type != "cpu":
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if fast else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: expected auto, float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which models run: matrix products in dtype, or nothing changed for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def write_whole(path, write) -> None:
+    """Call `write(temporary_path)`, then put the file in place: it is whole or is not there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason})") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def check_writable(folder, flag: str = "--out") -> None:
+    """Make `folder` if need be; raises UserError if nothing can be written there."""
+    probe = Path(folder) / f".probe.{os.getpid()}"
+    try:
+        write_whole(probe, Path.touch)
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.__cause__.strerror})") from None
+    probe.unlink()
+
+
+def save(path, content: dict) -> None:
+    """Write a dictionary whole or not at all: readable JSON for .json, else tensors and plain types."""
+    if Path(path).suffix == ".json":
+        write_whole(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    else:
+        write_whole(path, lambda p: torch.save(content, p))
+
+
+def load_checkpoint(path) -> dict:
+    """Read what `save` wrote. Raises UserError, naming the file, for anything else."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with `python train_refiner.py`")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated file, another format, a pickle with code in it
+        raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(f"{path}: not a checkpoint of this project (no configuration in it)")
+    return content
+
+
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    """Name the first field in which two nested configurations differ, with both values, or None."""
+    for name, value in new.items():
+        if isinstance(value, dict):
+            if found := first_difference(old.get(name, {}), value, f"{prefix}{name}."):
+                return found
+        elif old.get(name) != value:
+            return f"{prefix}{name} = {old.get(name)}, now {value}"
+    return None
+
+
+def check_config(path, old: dict, new: dict, advice: str) -> None:
+    """Raise UserError if what lies at `path` was made with another configuration."""
+    if difference := first_difference(old, new):
+        raise UserError(f"{path} was made with {difference}: give another --out, or {advice}")
+
+
+def stage(path: Path, config: dict, name: str, train) -> dict:
+    """The checkpoint of a stage, reused or made: {"config", "model" or tensors, "log", "seconds"}.
+
+    config: plain types, all that the stage depends on; UserError if the checkpoint has another. train: a
+    function of `progress` (see `training_steps`) that returns (model or {name: tensor}, log).
+    """
+    if dist.is_initialized():
+        dist.barrier()  # what another process removes or writes is removed or written now
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+        check_config(path, checkpoint["config"], config, f"--fresh {name} to train again from there")
+        print(f"{name}: reusing {path}")
+        return checkpoint
+    began, unfinished = time.perf_counter(), path.with_suffix(".progress")
+    made, log = train((unfinished, config))
+    seconds = log["earlier_seconds"] + time.perf_counter() - began
+    made = made if isinstance(made, dict) else {"model": made.state_dict()}
+    checkpoint = {"config": config, **made, "log": log, "seconds": seconds}
+    if is_first():
+        save(path, checkpoint)
+        unfinished.unlink(missing_ok=True)
+    return checkpoint
+
+
+def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None, every=100, unit="step"):
+    """The steps of a training, as a bar to loop over. Killed at any moment, it goes on where it was.
+
+    progress: None, or (file, configuration). After every `every` steps the file gets all that the loop
+    changes: `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is
+    there at the start, all of it is put back and its steps are left out; the weights at the end are those
+    of a training that was not interrupted (with dropout, on a CPU only: a GPU's random state is not kept).
+    The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Weights that are not finite
+    are not saved. log["earlier_seconds"]: of earlier attempts. UserError for another configuration.
+    """
+    log["earlier_seconds"], first = 0.0, 0
+    if progress and progress[0].is_file():
+        first = resume(name, log, parts, *progress)
+        print(f"{name}: goes on at {unit} {first} of {steps}")
+    began, earlier = time.perf_counter(), log["earlier_seconds"]
+    interrupts, saved_steps = [], [first]
+    weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
+
+    def keep(step: int) -> None:
+        if all(p.isfinite().all() for p in weights):
+            content = {"config": progress[1], "step": step, "random": torch.get_rng_state()}
+            content["parts"] = {key: get_or_set_state(part) for key, part in parts.items()}
+            seconds = earlier + time.perf_counter() - began
+            save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+            saved_steps.append(step)
+
+    def interrupt(*_) -> None:
+        interrupts.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
+
+    def run():
+        listens = progress is not None and threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGINT, interrupt) if listens else None
+        try:
+            for step in range(first, steps):
+                yield step  # here the loop does its work
+                if progress and is_first() and (interrupts or step % every == every - 1):
+                    keep(step + 1)
+                if interrupts and is_first():  # one that left earlier would keep it from saving
+                    raise KeyboardInterrupt(f"{name}: {unit} {saved_steps[-1]} of {steps} is saved")
+        finally:
+            if listens:
+                signal.signal(signal.SIGINT, handler)
+
+    return tqdm(run(), desc=name, total=steps, initial=first, unit=unit, mininterval=1, leave=None)
+
+
+def get_or_set_state(part, state=None):
+    """The state of a module, an optimizer or a generator; with `state`, put that into it."""
+    if isinstance(part, torch.Generator):
+        return part.get_state() if state is None else part.set_state(state)
+    return part.state_dict() if state is None else part.load_state_dict(state)
+
+
+def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
+    """Put the saved state of a training back into its log and parts; returns the steps that are done."""
+    saved = load_checkpoint(path)
+    check_config(path, saved["config"], config, "remove the file to begin again")
+    try:
+        for key, part in parts.items():
+            get_or_set_state(part, saved["parts"][key])
+        torch.set_rng_state(saved["random"])
+        log.update(saved["log"])
+        return saved["step"]
+    except (KeyError, TypeError, ValueError, RuntimeError):  # of another version
+        advice = f"not what this version of {name} keeps; remove the file to begin again"
+        raise UserError(f"{path}: {advice}") from None
+
+
+def check_finite(loss: torch.Tensor, name: str, step: int, flag: str, rate: float) -> None:
+    """Raise UserError, with what to try, if a training's loss is no longer finite."""
+    if not torch.isfinite(loss):
+        at = f"the loss is {loss.item()} at step {step}, learning rate {rate:.2g}"
+        raise UserError(f"{name}: {at}; try a lower {flag}")
+
+
+# More than one process. All draw the same batches from the same seeds, each works on its rows of them,
+# and DistributedDataParallel averages the gradients: the batch is the same for any number of processes.
+
+
+def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
+    """Join the processes that `torchrun` has started, if it has; returns the device of this one.
+
+    batch_sizes: {flag: size}. Raises UserError if one cannot be divided, or there are too few GPUs.
+    """
+    if not dist.is_torchelastic_launched():
+        return device
+    processes = int(os.environ["WORLD_SIZE"])
+    for flag, size in batch_sizes.items():
+        if size % processes:
+            raise UserError(f"{flag} {size}: not a multiple of the {processes} processes")
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise UserError(f"--device {device}: with torchrun it is cpu, or cuda: a GPU for each process")
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    if dist.get_rank() > 0:  # the first one prints, and writes
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank_and_size()[0] == 0
+
+
+def end_processes() -> bool:
+    """Wait for all processes and end the group; returns whether this is the first, which goes on."""
+    first = is_first()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return first
+
+
+def own_rows(total: int) -> slice:
+    """The rows of a batch of `total` that this process works on."""
+    rank, size = rank_and_size()
+    return slice(rank * total // size, (rank + 1) * total // size)
+
+
+def all_rows(own: torch.Tensor, total: int) -> torch.Tensor:
+    """What all processes made of their `own_rows`, together: (own, ...) -> (total, ...) on each."""
+    if not dist.is_initialized():
+        return own
+    rows = own.new_zeros(total, *own.shape[1:])
+    rows[own_rows(total)] = own
+    dist.all_reduce(rows)  # a sum, in which each row is not zero once
+    return rows
+
+
+def mean_of_all(own: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes, without a gradient."""
+    mean = own.detach()
+    if dist.is_initialized():
+        dist.all_reduce(mean := mean.clone())
+    return mean / rank_and_size()[1]
+
+
+def parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """The model to call in a training step: its gradients become the mean over all processes."""
+    wrap = torch.nn.parallel.DistributedDataParallel
+    return wrap(model, forward_sync_buffers=False) if dist.is_initialized() else model

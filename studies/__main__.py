@@ -1,0 +1,157 @@
+"""The command: `python -m studies NAME [NAME ...] --seeds 5`, or `all`. See `studies/__init__.py`.
+
+For each study it runs the cells that are missing in results/NAME.json, and then writes its table
+and its picture. It can be stopped at any moment: finished cells are kept, and a cell goes on
+within its trainings.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import shutil
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runtime
+import train_refiner
+from runtime import UserError
+from studies import runner
+
+NAMES = (
+    "main", "positions", "lora", "demos", "backbones", "data", "size", "reading", "passes", "loss", "probe",
+    "generalize", "speed", "adversarial",
+)  # fmt: skip
+STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
+
+
+def source(name: str) -> str:
+    """The study whose cells a study shows: its own, if it does not name another."""
+    return getattr(STUDIES[name], "CELLS_OF", name)
+
+
+def machine(device: torch.device) -> dict:
+    """What `speed` depends on beside the configuration."""
+    try:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return {"device": str(device), "threads": torch.get_num_threads(), "transformers": version}
+
+
+def rounded(value):
+    """Floats with 6 digits after the point, small ones with 6 in all, in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < 0.1 else round(value, 6)
+    return value
+
+
+def read_cells(path: Path, config: dict) -> list:
+    """The finished cells in a result file. Raises UserError if they were made with another configuration."""
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        made_with, cells = content["config"], content["cells"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a result of a study; move it away or give another --out") from None
+    runtime.check_config(path, made_with, config, "move the file away to start again")
+    return cells
+
+
+def save(out: Path, name: str, config: dict, cells: list, **more) -> None:
+    cells = sorted(cells, key=lambda cell: json.dumps(cell["cell"]))
+    content = json.dumps({"study": name, "config": config, **more, "cells": cells}) + "\n"
+    runtime.write_whole(out / f"{name}.json", lambda path: path.write_text(content))
+
+
+def parse_arguments():
+    parser = runtime.Parser(prog="python -m studies", description="The evidence, one study a question.")
+    choices = ["all", *NAMES]
+    parser.add_argument("studies", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
+    parser.add_argument("--preset", choices=("smoke", "toy"), default="toy", help="sizes (default: toy)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. n-1 (default: 5)")
+    parser.add_argument("--out", default="results", help="folder for tables and pictures (default: results)")
+    parser.add_argument("--work", default="runs/studies", help="folder for models (default: runs/studies)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: auto)")
+    classes = {**train_refiner.CONFIGS, "study": runner.StudyConfig}
+    for name, config_class in classes.items():
+        parser.add_config(config_class, "" if name == "data" else f"{name}_")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: expected at least 1")
+    preset = {}
+    if args.preset == "smoke":
+        preset = {**train_refiner.PRESETS["smoke"], "study": runner.SMOKE}
+    return args, runtime.configs_from_flags(args, classes, preset)
+
+
+def missing_cells(name: str, kept: list, seeds: int) -> list:
+    """The cells of a study, a dictionary of its seed and its setting each, that are not finished."""
+    if source(name) != name:
+        return []
+    finished = [cell["cell"] for cell in kept]
+    cells = [{"seed": seed, **setting} for seed in range(seeds) for setting in STUDIES[name].SETTINGS]
+    return [cell for cell in cells if cell not in finished]
+
+
+def main():
+    args, config = parse_arguments()
+    device = runtime.pick_device(args.device)
+    dtype = runtime.pick_dtype(args.dtype, device)
+    train_refiner.check_sizes(config, [runner.OURS])
+    out, work = Path(args.out), Path(args.work)
+    runtime.check_writable(out)
+    runtime.check_writable(work, "--work")
+    setup = runner.Setup(config, work, work, device, dtype)
+    made_with = {"dtype": str(dtype).removeprefix("torch.")}
+    made_with |= {name: asdict(part) for name, part in config.items()}
+
+    def config_of(name: str) -> dict:
+        return {**made_with, "machine": machine(device)} if name == "speed" else made_with
+
+    def cells_of(name: str) -> list:
+        return read_cells(out / f"{source(name)}.json", config_of(name))
+
+    chosen, todo = [name for name in NAMES if {name, "all"} & set(args.studies)], []
+    for name in chosen:
+        kept = cells_of(name)
+        if source(name) not in chosen and not kept:
+            command = f"python -m studies {source(name)}"
+            raise UserError(f"{name}: reads what `{command}` has measured; run that first")
+        todo += [(name, cell) for cell in missing_cells(name, kept, args.seeds)]
+
+    minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=minutes, unit="min", desc="studies", bar_format=layout) as bar:
+        for name, cell in todo:
+            bar.set_postfix_str(f"{name} {cell}", refresh=True)
+            folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
+            with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
+                result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
+            others = [kept for kept in cells_of(name) if kept["cell"] != cell]
+            save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
+            shutil.rmtree(folder, ignore_errors=True)
+            bar.update(STUDIES[name].MINUTES)
+
+    for name in chosen:
+        study, cells = STUDIES[name], cells_of(name)
+        text = study.show(cells)
+        more = study.numbers(cells) if hasattr(study, "numbers") else {}
+        study.plot(out / f"{name}.png", cells)
+        own = cells if source(name) == name else []
+        save(out, name, config_of(name), own, table=text.splitlines(), **rounded(more))
+        print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
+
+
+if __name__ == "__main__":
+    runtime.run_command(main, "Finished cells and saved steps are kept; the same command goes on from there")

@@ -1,0 +1,157 @@
+"""Statistics, tables and figures that the studies share.
+
+A *cell* is what a study's `run` gave for one seed and one setting; cell["cell"] names both.
+Spread over seeds is a standard deviation. `interval` is a bootstrap over sentences.
+"""
+
+import math
+import statistics
+
+import torch
+from matplotlib.figure import Figure
+
+import evaluate
+import runtime
+from data import TASKS
+
+GROUPS = ("all", *TASKS)  # all test sentences, and those of each task
+
+
+# Numbers
+
+
+def sd(values: list) -> float:
+    """Standard deviation of a sample; 0 for a single value, NaN if one is NaN."""
+    mean = statistics.fmean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+
+
+def mean_sd(values: list, digits: int = 3) -> str:
+    """`0.123 ± 0.004`: mean and standard deviation over seeds."""
+    return f"{statistics.fmean(values):.{digits}f} ± {sd(values):.{digits}f}"
+
+
+def interval(differences: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of paired differences (n,): sentences drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(differences), (draws, len(differences)), generator=generator)
+    means = differences[chosen].mean(1).sort().values
+    return means[int(0.025 * draws)].item(), means[int(0.975 * draws) - 1].item()
+
+
+def values_of(cells: list, method: str, group: str, measure: str) -> list:
+    """A measure of `evaluate.score_methods` of one method, in each cell."""
+    return [cell["scores"][method][group][measure] for cell in cells]
+
+
+def gaps(cells: list, method: str, group: str) -> list:
+    """The gap that a method closes, in each cell."""
+    return [evaluate.gap_closed(cell["scores"], method, group) for cell in cells]
+
+
+def psnr_gains(cells: list, method: str, group: str) -> list:
+    """By how many dB a method's images are better than those of greedy decoding, in each cell."""
+    own, greedy = (values_of(cells, name, group, "psnr") for name in (method, "ar_greedy"))
+    return [a - b for a, b in zip(own, greedy, strict=True)]
+
+
+def by_setting(cells: list, field: str) -> dict:
+    """The cells of a study with settings, grouped and sorted: {setting: [cell of each seed]}."""
+    grouped = {}
+    for cell in sorted(cells, key=lambda cell: cell["cell"][field]):
+        grouped.setdefault(cell["cell"][field], []).append(cell)
+    return grouped
+
+
+# Tables
+
+
+def gap_table(cells: list, methods, title: str) -> str:
+    """Gap closed by each method, over all and by task; tokens that are right, and PSNR gained, over all."""
+    heads = [*GROUPS, "tokens right", "dB gained"]
+    lines = [
+        f"gap closed, {title}, mean ± sd over {len(cells)} seeds",
+        f"{'':34}" + "".join(f"{head:>18}" for head in heads),
+    ]
+    for method in methods:
+        row = [mean_sd(gaps(cells, method, group)) for group in GROUPS]
+        row.append(mean_sd(values_of(cells, method, "all", "token_accuracy")))
+        row.append(mean_sd(psnr_gains(cells, method, "all"), 2))
+        lines.append(f"{method:34}" + "".join(f"{text:>18}" for text in row))
+    return "\n".join(lines)
+
+
+def settings_table(cells: list) -> str:
+    """Gap closed, parameters, seconds and losses of the settings of a study that uses `runner.fit_each`.
+
+    Seconds are medians over the seeds: a machine that was busy during one seed does not spoil them.
+    """
+    lines = [gap_table(cells, cells[0]["cost"], "by setting"), ""]
+    heads = (("parameters", 12), ("of backbone", 12), ("seconds", 9), ("train loss", 12), ("val loss", 10))
+    lines.append(f"{'':34}" + "".join(f"{head:>{width}}" for head, width in heads))
+    for name, first in cells[0]["cost"].items():
+        costs = [cell["cost"][name] for cell in cells]
+        share = first["params"] / cells[0]["backbone_params"]
+        row = f"{name:34}{first['params']:12,}{share:12.0%}"
+        row += f"{statistics.median(cost['seconds'] for cost in costs):9.0f}"
+        row += f"{statistics.fmean(cost['train_loss'] for cost in costs):12.4f}"
+        row += f"{statistics.fmean(cost['val_loss'] for cost in costs):10.4f}"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+# Figures
+
+
+def new_figure(panels: int, width: float = 3.4, height: float = 3.4) -> Figure:
+    """A figure with panels side by side: `figure.axes`."""
+    figure = Figure(figsize=(width * panels, height), layout="constrained", dpi=120)
+    for axis in figure.subplots(1, panels, squeeze=False)[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save(figure: Figure, path) -> None:
+    runtime.write_whole(path, figure.savefig)
+
+
+def bars(axis, names, values: list, colours="#66a5e0") -> None:
+    """Horizontal bars: the mean over seeds, a whisker of one standard deviation, the seeds as dots."""
+    place = list(range(len(names)))[::-1]
+    means, spread = [statistics.fmean(v) for v in values], [sd(v) for v in values]
+    whisker = {"ecolor": "#444444", "error_kw": {"linewidth": 1}}
+    axis.barh(place, means, xerr=spread, color=colours, height=0.7, **whisker)
+    for y, seeds in zip(place, values, strict=True):
+        axis.plot(seeds, [y] * len(seeds), ".", color="#222222", markersize=3)
+    axis.set_yticks(place, names, fontsize=8)
+
+
+def curve(axis, x: list, values: list, **options) -> None:
+    """A line through the means over seeds, with whiskers of one standard deviation."""
+    options = {"marker": "o", "capsize": 3, **options}
+    axis.errorbar(x, [statistics.fmean(v) for v in values], [sd(v) for v in values], **options)
+
+
+def log_x(axis, x: list) -> None:
+    """A logarithmic axis that has room for all of x, whatever is drawn over it."""
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlim(0.7 * min(x), 1.4 * max(x))
+
+
+def legend(axis) -> None:
+    axis.legend(fontsize=8, frameon=False)
+
+
+def plot_settings(path, cells: list) -> None:
+    """Gap closed by the settings of a study that uses `runner.fit_each`, as bars."""
+    names = list(cells[0]["cost"])
+    figure = new_figure(1, 6.0, max(2.6, 0.4 * len(names)))
+    bars(figure.axes[0], names, [gaps(cells, name, "all") for name in names])
+    figure.axes[0].set_xlabel("gap closed")
+    save(figure, path)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; NaN of nothing."""
+    return part / whole if whole else math.nan

@@ -1,0 +1,231 @@
+"""What the studies share: the trained models of a seed, one more refiner, what it writes, how good
+that is.
+
+Every comparison is paired: all methods of a seed have its tokenizer, its backbone and its test
+sentences.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn as nn
+
+import data
+import evaluate
+import runtime
+import train_refiner
+import vsr
+from runtime import UserError
+from vsr import Refiner, Rollout
+
+OURS = "tokens+query"  # what the project's own refiner reads
+READS = ("tokens", "query")
+
+
+@dataclass
+class StudyConfig:
+    """Sizes of the studies."""
+
+    lora_rank: Annotated[int, "rank of LoRA's low-rank adapters"] = 64
+    lora_steps: Annotated[int, "steps of LoRA; at least the time of rollouts and refiner"] = 2000
+    lora_learning_rate: Annotated[float, "peak learning rate of LoRA", (1e-12, float("inf"))] = 1e-3
+    longer_steps: Annotated[int, "further steps of pretraining; at least that time"] = 2000
+    samples: Annotated[int, "n of best_of_n"] = 8
+    steps: Annotated[int, "steps of each refiner in data, size, reading, loss, generalize"] = 1000
+    rollouts: Annotated[int, "rollouts of each backbone in backbones", (1, 10**9)] = 8192
+    probed: Annotated[int, "sentences in probe", (2, 10**9)] = 256
+    rounds: Annotated[int, "rounds of each timing in speed"] = 5
+
+
+# For --preset smoke
+SMOKE = {
+    "lora_rank": 2,
+    "lora_steps": 4,
+    "longer_steps": 4,
+    "samples": 2,
+    "steps": 8,
+    "rollouts": 64,
+    "probed": 16,
+    "rounds": 1,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every cell needs: the configurations, where models are kept, and on what to compute."""
+
+    config: dict  # {"data", "vqgan", "gpt", "refiner", "study": a config dataclass}
+    work: Path  # a folder with the models of each seed, which many studies use
+    unfinished: Path  # a folder for what the present cell has trained so far
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def autocast(self) -> torch.autocast:
+        return runtime.autocast(self.device, self.dtype)
+
+    def progress(self, name: str, made_with: dict) -> tuple[Path, dict]:
+        """Where this cell's training `name` is kept while it goes on, and what a kept one must agree with.
+
+        This is what `runtime.training_steps` calls `progress`.
+        """
+        return self.unfinished / f"{name}.progress", made_with
+
+
+class SeedModels(NamedTuple):
+    """The trained models of a seed, and the test sentences to measure them on."""
+
+    trained: train_refiner.Trained
+    test: dict  # {"tokens": (S, 2K+2, N), "images": (S, 3, H, W) the true targets, "task": (S,)}
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.trained.tokenizer.codebook.vectors
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.trained.tokenizer.grid
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# Models and rollouts
+
+
+def models_of(setup: Setup, seed: int, readings=(), label="base", changes=None, test_data=None) -> SeedModels:
+    """Train what is missing of a seed's models, and make its test sentences.
+
+    readings: of the refiners to train with the default configuration. changes: {component: {field:
+    value}}, with a label of their own for the folder. test_data: a DataConfig for the test sentences, if
+    they are not those of the training.
+    """
+    changes = changes or {}
+    config = {name: replace(part, **changes.get(name, {})) for name, part in setup.config.items()}
+    sentences = data.Sentences(config["data"], seed)
+    folder = setup.work / f"{label}-{seed}"
+    trained = train_refiner.train_models(folder, config, readings, sentences, setup.device, setup.dtype, seed)
+    if test_data is not None:
+        sentences = data.Sentences(test_data, seed)
+    total = config["data"].eval_sentences
+    images, task = data.joined(sentences.batches("test", total))
+    tokens = evaluate.encode_sentences(
+        trained.tokenizer, sentences, "test", total, setup.device, setup.autocast
+    )
+    return SeedModels(trained, {"tokens": tokens, "images": images[:, -1], "task": task})
+
+
+def replay(setup: Setup, models: SeedModels, reads=READS) -> tuple[dict, dict]:
+    """Rollouts of a seed's training and validation sentences with the states that are read, and targets."""
+    backbone, tokens, generated = models.trained.backbone, models.trained.tokens, models.trained.generated
+    rollouts = {
+        split: train_refiner.replay_rollouts(backbone, tokens[split], generated[split], reads, setup.autocast)
+        for split in tokens
+    }
+    return rollouts, {split: tokens[split][:, -1] for split in tokens}
+
+
+def part_of(rollout: Rollout, rows) -> Rollout:
+    """Some rows of a rollout; rows: whatever indexes a tensor."""
+    return Rollout(*[None if values is None else values[rows] for values in rollout])
+
+
+@torch.no_grad()
+def generate_all(setup: Setup, backbone, tokens, temperature: float = 0.0, generator=None) -> Rollout:
+    """Rollouts (S, N) of the last images of sentences (S, 2K+2, N), with states, on the CPU."""
+    written, states, query = [], [], []
+    for part in tokens.split(setup.config["refiner"].rollout_batch):
+        prompt = part[:, :-1].flatten(1).long().to(setup.device)
+        with setup.autocast:
+            rollout = backbone.generate(prompt, part.shape[2], temperature, generator=generator)
+        written.append(rollout.tokens.cpu())
+        states.append(rollout.states.cpu())
+        query.append(rollout.query.cpu())
+    return Rollout(torch.cat(written), torch.cat(states), torch.cat(query))
+
+
+# Refiners
+
+
+def fit(
+    setup: Setup, models: SeedModels, name: str, rollouts: dict, targets: dict, seed: int, reads=READS,
+    rows=slice(None), loss_function=vsr.cosine_loss, make=Refiner, **changes,
+):  # fmt: skip
+    """Train one more refiner -> (refiner, log, seconds).
+
+    name: of the setting, another one for each refiner of a cell; an interrupted training goes on where it
+    was. rows: which of the training rollouts it may see. changes: fields of `RefinerConfig`.
+    """
+    config = replace(setup.config["refiner"], **changes)
+    if config.width % config.heads:
+        problem = f"{config.heads} heads do not divide a width of {config.width}"
+        raise UserError(f"{name}: {problem}; change --refiner-heads or --refiner-width")
+    rollouts = {**rollouts, "train": part_of(rollouts["train"], rows)}
+    targets = {**targets, "train": targets["train"][rows]}
+    made_with = {"refiner": asdict(config), "reads": "+".join(reads), "rollouts": len(targets["train"])}
+    began = time.perf_counter()
+    refiner, log = train_refiner.train_refiner(
+        config, reads, models.codebook, models.grid, rollouts, targets, setup.device, setup.dtype, seed,
+        loss_function, make, setup.progress(name, made_with),
+    )  # fmt: skip
+    return refiner, log, log["earlier_seconds"] + time.perf_counter() - began
+
+
+@torch.no_grad()
+def refine_all(setup: Setup, models: SeedModels, refiner: Refiner, rollout: Rollout) -> torch.Tensor:
+    """Refined tokens (S, N) of rollouts that are on the CPU."""
+    refined = []
+    for rows in torch.arange(len(rollout.tokens)).split(128):
+        part = [None if values is None else values.to(setup.device) for values in part_of(rollout, rows)]
+        with setup.autocast:
+            tokens, _ = vsr.refine(refiner, models.codebook, *part)
+        refined.append(tokens.cpu())
+    return torch.cat(refined)
+
+
+def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
+    """Train one refiner for each of {name: options of `fit`} on a seed's rollouts, and score them all."""
+    models = models_of(setup, seed)
+    rollouts, targets = replay(setup, models, needs)
+    refiners, cost = {}, {}
+    for name, options in settings.items():
+        options = {"steps": setup.config["study"].steps, **options}
+        refiners[name], log, seconds = fit(setup, models, name, rollouts, targets, seed, **options)
+        cost[name] = {
+            "params": count(refiners[name]),
+            "seconds": seconds,
+            "train_loss": log["loss"][-1],
+            "val_loss": log["val_loss"][-1],
+        }
+    params = count(models.trained.backbone)
+    return {**score_refiners(setup, models, refiners, seed), "cost": cost, "backbone_params": params}
+
+
+# Scores
+
+
+def score(setup: Setup, models: SeedModels, written: dict) -> dict:
+    """Scores of {method: (S, N)} by `evaluate.score_methods`, and the cosine error of each test sentence."""
+    test, tokenizer = models.test, models.trained.tokenizer
+    scores = evaluate.score_methods(tokenizer, written, test["images"], test["task"], setup.autocast)
+    y_true, codebook = test["tokens"][:, -1].long(), models.codebook.cpu()
+    by_sentence = {}
+    for method, y in written.items():
+        errors = vsr.cosine_error(y.long(), y_true, codebook).mean(1)  # (S,)
+        by_sentence[method] = [round(error, 5) for error in errors.tolist()]
+    return {"scores": scores, "by_sentence": by_sentence, "task": test["task"].tolist()}
+
+
+def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int) -> dict:
+    """Scores of the backbone, and of refiners {name: refiner} over its greedy rollouts."""
+    tokenizer, backbone, tokens = models.trained.tokenizer, models.trained.backbone, models.test["tokens"]
+    written = evaluate.decode_methods(tokenizer, backbone, {}, tokens, setup.autocast, seed)
+    rollout = generate_all(setup, backbone, tokens)
+    for name, refiner in refiners.items():
+        written[name] = refine_all(setup, models, refiner, rollout)
+    return score(setup, models, written)

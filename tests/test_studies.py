@@ -1,0 +1,411 @@
+"""The studies: the real command with tiny settings, its statistics, and the backbones that are not ours."""
+
+import functools
+import json
+import random
+import statistics
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import runtime
+import train_refiner
+import vsr
+from studies import __main__ as studies
+from studies import backbones, demos, gpt2, lora, loss, main, probe, report, runner, speed, stages
+from studies.textbook import TextbookGPT
+
+V, N, IMAGES = 11, 6, 4
+TINY = [
+    *("--preset", "smoke", "--seeds", "1", "--device", "cpu", "--dtype", "float32", "--image-size", "16"),
+    *("--train-sentences", "64", "--eval-sentences", "24", "--vqgan-steps", "20", "--vqgan-channels", "16"),
+    *("--vqgan-batch-size", "16", "--vqgan-revive-every", "4", "--gpt-steps", "8", "--gpt-layers", "1"),
+    *("--gpt-width", "32", "--gpt-batch-size", "8", "--refiner-rollouts", "64", "--refiner-steps", "4"),
+    *("--refiner-heads", "4", "--refiner-width", "16", "--refiner-batch-size", "16", "--study-steps", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All studies, run once by the real command: folders of results and models, flags, and a `Setup`."""
+    folder = tmp_path_factory.mktemp("studies")
+    out, work = folder / "results", folder / "work"
+    flags = [*TINY, "--out", str(out), "--work", str(work)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
+        small = {name: (make, {"width": 24}) for name, (make, _) in backbones.BACKBONES.items()}
+        patch.setattr(backbones, "BACKBONES", {**small, "gpt": backbones.BACKBONES["gpt"]})
+        patch.setattr("sys.argv", ["studies", "all", *flags])
+        studies.main()
+        _, config = studies.parse_arguments()
+    setup = runner.Setup(config, work, folder / "unfinished", torch.device("cpu"), torch.float32)
+    return types.SimpleNamespace(out=out, work=work, flags=flags, setup=setup)
+
+
+def result_of(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# The command
+
+
+def test_every_study_writes_a_picture_and_a_table_of_all_its_cells(finished):
+    for name, study in studies.STUDIES.items():
+        result = result_of(finished.out, name)
+        assert (finished.out / f"{name}.png").stat().st_size > 5000
+        assert len(result["table"]) > 2
+        assert len(result["cells"]) == {"positions": 0, "demos": 2}.get(name, len(study.SETTINGS))
+
+
+def test_every_study_says_what_it_asks():
+    for name, study in studies.STUDIES.items():
+        text = " ".join(study.__doc__.split())
+        assert "?" in text[:110], f"{name}: the question comes first"
+        assert "First edition: " in text
+        assert study.MINUTES >= 0
+        assert hasattr(study, "run") != hasattr(study, "CELLS_OF")
+
+
+def test_main_holds_every_method_and_control(finished):
+    result = result_of(finished.out, "main")
+    (cell,) = result["cells"]
+    assert cell["scores"].keys() == set(main.ROWS)
+    for method, errors in cell["by_sentence"].items():
+        assert len(errors) == 24
+        assert sum(errors) / 24 == pytest.approx(cell["scores"][method]["all"]["cosine_error"], abs=1e-4)
+    cost = cell["cost"]
+    assert cost["no_attention"]["params"] < cost["refined_tokens+query"]["params"]
+    assert cost["parallel"]["params"] < cost["refined_tokens+query"]["params"]
+    assert cost["longer_backbone"]["params"] == cell["backbone_params"]
+    assert all(cost[method]["overhead"] > 0 for method in ("parallel", *main.REFINED))
+    mean, low, high = result["intervals"]["ar_greedy - refined_tokens+query"]["all"]
+    assert low <= mean <= high
+
+
+def test_positions_shows_the_cells_of_main(finished):
+    (cell,) = result_of(finished.out, "main")["cells"]
+    curve = result_of(finished.out, "positions")["curves"]["ar_greedy"]
+    assert curve == pytest.approx(cell["scores"]["ar_greedy"]["all"]["cosine_error_by_position"], abs=1e-5)
+    assert sum(curve) == pytest.approx(cell["scores"]["ar_greedy"]["all"]["auc"], abs=1e-4)
+
+
+def test_an_interrupted_study_goes_on_with_the_missing_cells(finished, command, tmp_path, monkeypatch):
+    whole, ran = result_of(finished.out, "demos"), []
+    runtime.save(tmp_path / "demos.json", {**whole, "cells": whole["cells"][:1]})
+    run = demos.run
+    monkeypatch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
+    monkeypatch.setattr(demos, "run", lambda setup, **cell: ran.append(cell) or run(setup, **cell))
+    result = command(studies, "demos", *finished.flags, "--out", tmp_path)
+    assert result.status == 0, result.err
+    assert ran == [{"seed": 0, "num_demos": 2}]
+    assert result_of(tmp_path, "demos")["cells"] == whole["cells"], "the same seed gives the same numbers"
+    command(studies, "demos", *finished.flags, "--out", tmp_path)
+    assert len(ran) == 1, "nothing is left to do"
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, command, tmp_path, monkeypatch):
+    """Killed in the fourth of five refiners of 4 steps; what trains is saved every 2 steps here."""
+    real, steps = train_refiner.optimizer_step, []
+
+    def step_until(last, *args):
+        if len(steps) == last:
+            raise Killed
+        steps.append(1)
+        real(*args)
+
+    saved_often = functools.partial(runtime.training_steps, every=2)
+    monkeypatch.setattr(runtime, "training_steps", saved_often)
+    monkeypatch.setattr(train_refiner, "optimizer_step", functools.partial(step_until, 15))
+    with pytest.raises(Killed):
+        command(studies, "loss", *finished.flags, "--out", tmp_path)
+    unfinished = finished.work / "unfinished-loss-0"
+    assert (unfinished / "cosine + cross-entropy.progress").is_file()
+    assert not (tmp_path / "loss.json").exists()
+    steps.clear()
+    monkeypatch.setattr(train_refiner, "optimizer_step", functools.partial(step_until, 100))
+    assert command(studies, "loss", *finished.flags, "--out", tmp_path).status == 0
+    assert len(steps) == 2 + 4, "half of the fourth, and the fifth; nothing of the first three"
+    (resumed,), (whole,) = (result_of(folder, "loss")["cells"] for folder in (tmp_path, finished.out))
+    assert resumed["by_sentence"] == whole["by_sentence"]
+    assert not unfinished.exists()
+
+
+def test_a_study_alone_trains_what_it_needs(finished, command, tmp_path):
+    flags = [*finished.flags, "--out", tmp_path / "results", "--work", tmp_path / "work"]
+    result = command(studies, "probe", *flags)
+    assert result.status == 0, result.err
+    assert (tmp_path / "work" / "base-0" / "refiner_tokens+query.pt").is_file()
+    alone, among_all = (
+        result_of(folder, "probe")["cells"] for folder in (tmp_path / "results", finished.out)
+    )
+    assert json.dumps(alone) == json.dumps(among_all)
+
+
+def test_results_of_another_configuration_are_refused(finished, command):
+    before = (finished.out / "main.json").read_bytes()
+    result = command(studies, "main", *finished.flags, "--gpt-steps", "21")
+    assert (result.status, len(result.err)) == (2, 1)
+    assert "gpt.steps = 8, now 21" in result.err[0]
+    assert (finished.out / "main.json").read_bytes() == before
+
+
+def test_speed_is_of_one_machine(finished, command, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    result = command(studies, "speed", *finished.flags)
+    assert (result.status, len(result.err)) == (2, 1)
+    assert "machine.threads" in result.err[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["nothing"], "nothing"),
+        ([], "NAME"),
+        (["main", "--seeds", "0"], "--seeds 0"),
+        (["positions"], "python -m studies main"),
+        (["main", "--preset", "large"], "large"),
+        (["main", "--study-lora-rank", "many"], "many"),
+        (["main", "--study-samples", "0"], "--study-samples 0"),
+        (["main", "--study-lora-learning-rate", "0"], "--study-lora-learning-rate 0"),
+    ],
+)
+def test_a_mistake_gets_one_line(command, tmp_path, flags, named):
+    result = command(studies, *flags, "--out", tmp_path / "results", "--work", tmp_path / "work")
+    assert (result.status, len(result.err)) == (2, 1)
+    assert named in result.err[0]
+
+
+def test_a_refiner_that_is_too_narrow_is_named(finished, command, tmp_path):
+    flags = [*finished.flags, "--refiner-heads", "16", "--out", tmp_path / "results"]
+    result = command(studies, "size", *flags, "--work", tmp_path / "work")
+    assert result.status == 2
+    assert "1 x 8: 16 heads" in result.err[-1]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"config": {}}', "\udcff"])
+def test_a_file_that_is_no_result_is_named(command, tmp_path, text):
+    (tmp_path / "main.json").write_bytes(text.encode(errors="surrogateescape"))
+    result = command(studies, "main", "--preset", "smoke", "--out", tmp_path, "--work", tmp_path / "work")
+    assert (result.status, len(result.err)) == (2, 1)
+    assert "main.json" in result.err[0]
+
+
+# Statistics
+
+
+def test_interval_covers_the_true_mean_19_times_in_20():
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(100):
+        low, high = report.interval(torch.randn(100, generator=generator) + 3, draws=500)
+        inside += low <= 3 <= high
+    assert 88 <= inside <= 99
+    assert report.interval(torch.zeros(50)) == (0, 0)
+
+
+def test_interval_narrows_with_the_square_root_of_the_sentences():
+    values = torch.randn(6400, generator=torch.Generator().manual_seed(0))
+    narrow, wide = report.interval(values, draws=500), report.interval(values[:400], draws=500)
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(4, rel=0.25)
+
+
+def test_mean_sd():
+    assert report.mean_sd([1.0, 3.0]) == "2.000 ± 1.414"
+    assert report.mean_sd([0.5]) == "0.500 ± 0.000"
+    assert report.mean_sd([float("nan"), 1.0]) == "nan ± nan"
+
+
+def cell_of(errors: dict, **more) -> dict:
+    """A cell in which methods have these cosine errors."""
+    scores = {method: {"all": {"cosine_error": error}} for method, error in errors.items()}
+    return {"scores": scores, **more}
+
+
+def test_attention_share():
+    errors = {"ar_greedy": 0.5, "ar_sampled": 0.6, "teacher_forced": 0.1, "full": 0.1, "alone": 0.4}
+    cell = cell_of(errors)
+    assert report.gaps([cell], "full", "all") == [pytest.approx(1)]
+    assert main.attention_share([cell], "full", "alone") == [pytest.approx(0.75)]
+
+
+def test_differences_are_of_the_sentences_of_a_task():
+    cell = {"by_sentence": {"a": [3.0, 5.0, 7.0], "b": [1.0, 1.0, 1.0]}, "task": [0, 1, 0]}
+    assert main.differences([cell, cell], "a", "b", "all").tolist() == [2, 4, 6, 2, 4, 6]
+    assert main.differences([cell], "a", "b", data.TASKS[0]).tolist() == [2, 6]
+
+
+# Backbones
+
+
+def make_backbone(make):
+    model = make(vsr.GPTConfig(layers=2, heads=2, width=16), V, N, IMAGES).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+OTHERS = pytest.mark.parametrize("make", [backbones.Llama, backbones.Recurrent])
+
+
+@OTHERS
+def test_a_token_changes_later_logits_only(make):
+    model, tokens = make_backbone(make), torch.randint(V, (2, IMAGES * N))
+    before = model(tokens)
+    for position in random.Random(0).sample(range(IMAGES * N - 1), 5):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % V
+        same = torch.isclose(before, model(changed), atol=1e-5).all(-1).all(0)
+        assert same[: position + 1].all()
+        assert not same[position + 1 :].all()
+
+
+@OTHERS
+def test_generation_is_what_replaying_its_tokens_predicts(make):
+    model, prompt = make_backbone(make), torch.randint(V, (3, (IMAGES - 1) * N))
+    rollout = model.generate(prompt, N)
+    again, alone = model.replay(prompt, rollout.tokens), model.replay(prompt)
+    assert torch.allclose(rollout.states, again.states, atol=1e-4)
+    assert torch.allclose(rollout.query, again.query, atol=1e-4)
+    assert torch.allclose(rollout.query, alone.query, atol=1e-4), "it does not depend on what is written"
+    assert alone.states is None
+    assert torch.equal(model.logits(again.states).argmax(-1), rollout.tokens)
+
+
+def test_rotary_attention_sees_distances_not_positions():
+    """Further on in the sentence, the same tokens give the same."""
+    model = make_backbone(backbones.Llama)
+    turn = torch.polar(torch.ones(()), torch.arange(8.0)[:, None] * 10000 ** (-torch.arange(16) / 16))
+    x = torch.randn(1, 8, 16)
+    block = model.blocks[0]
+    shifted = turn * turn[3]  # all positions 3 further on
+    assert torch.allclose(block(x, turn, None, 0), block(x, shifted, None, 0), atol=1e-5)
+
+
+# Controls and variants
+
+
+def test_best_of_n_is_the_likeliest_sample(finished):
+    """With more samples the chosen one can only become likelier."""
+    models = runner.models_of(finished.setup, 0)
+    backbone, prompt = models.trained.backbone, models.test["tokens"][:, :-1].flatten(1).long()
+
+    def likelihood(tokens):
+        logits = backbone.logits(backbone.replay(prompt, tokens).states)
+        return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+
+    few, more = (likelihood(main.best_of_n(finished.setup, models, n, seed=0)) for n in (1, 6))
+    assert (more >= few - 1e-3).all()
+    assert (more > few + 1e-3).any()
+
+
+def test_lora_and_a_longer_backbone_leave_the_frozen_one_alone(finished):
+    models = runner.models_of(finished.setup, 0)
+    before = {name: value.clone() for name, value in models.trained.backbone.state_dict().items()}
+    for tuning in (lora.tuned_by_lora, lora.tuned_for_longer):
+        tuned = tuning(finished.setup, models, 0)
+        state = tuned.backbone.state_dict()
+        assert min(tuned.params, tuned.val_loss, tuned.seconds) > 0
+        assert state.keys() == before.keys()
+        assert any(not torch.equal(state[name], value) for name, value in before.items())
+        assert not any(p.requires_grad for p in tuned.backbone.parameters())
+    for name, value in models.trained.backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("reads", [("tokens",), ("tokens", "query"), ("tokens", "states", "query")])
+def test_variants_of_the_refiner_compute_the_same_change(reads):
+    config = vsr.RefinerConfig(layers=1, heads=2, width=16, dropout=0.0)
+    refiner, free, absolute = (
+        make(config, reads, (2, 3), 5, 4).eval() for make in (vsr.Refiner, loss.Unnormalised, loss.Absolute)
+    )
+    e = F.normalize(torch.randn(2, 6, 5), dim=-1)
+    states, query = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    assert torch.allclose(free(e, states, query), e, atol=1e-6), "an untrained one changes nothing"
+    assert not torch.allclose(absolute(e, states, query), e, atol=0.1), "nothing to start from"
+    refiner.load_state_dict(absolute.state_dict())
+    free.load_state_dict(absolute.state_dict())
+    refined, change = refiner(e, states, query), free(e, states, query) - e
+    assert torch.allclose(refined, F.normalize(e + change, dim=-1), atol=1e-5)
+    assert torch.allclose(absolute(e, states, query), F.normalize(change, dim=-1), atol=1e-4)
+    assert not torch.allclose(refined, e, atol=1e-2)
+
+
+def test_a_forced_token_is_another_one_that_stands_there_elsewhere():
+    tokens = torch.tensor([[1, 4, 7], [2, 4, 7], [2, 5, 7]])
+    forced, wrong = probe.forced_at(0, tokens)
+    assert wrong.all()
+    assert forced[:, 0].tolist() == [2, 1, 1]
+    assert torch.equal(forced[:, 1:], tokens[:, 1:])
+    assert probe.forced_at(2, tokens)[1].tolist() == [False, False, False]
+
+
+def test_damage_is_summed_behind_the_wrong_token():
+    cell = {"positions": [0, 2], "damage": {"backbone": [[9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 9.0, 5.0]]}}
+    assert probe.summed_after(cell, "backbone") == [6, 5]
+    assert probe.by_distance([cell], "backbone") == [3, 2, 3]
+
+
+# Speed
+
+
+def test_operations_are_those_that_torch_counts():
+    gpt = vsr.GPT(vsr.GPTConfig(layers=2, heads=2, width=16), V, N, IMAGES)
+    with FlopCounterMode(display=False) as counter:
+        TextbookGPT(gpt)(torch.randint(V, (3, N * IMAGES))).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(3 * N * IMAGES * stages.flops_per_token(gpt))
+
+
+def test_speed_compares_with_transformers_or_says_why_not(finished, monkeypatch):
+    result = result_of(finished.out, "speed")
+    (cell,), lines = result["cells"], [line for line in result["table"] if line.startswith("GPT-2:")]
+    reason = cell["transformers"]["skipped"]
+    assert len(lines) == 1
+    assert reason is None or reason in lines[0]
+    assert ("GPT-2" in cell["generation"]["1"]) == (reason is None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install transformers" in gpt2.why_not(vsr.GPTConfig())
+
+
+def test_ratios_are_of_the_same_round():
+    assert speed.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == "2.00 (2.00 to 3.00)"
+
+
+def test_seconds_without_a_cache_stand_for_all_steps(monkeypatch):
+    """Of 16 steps two are timed, each with all that was written before it."""
+    gpt, lengths = vsr.GPT(vsr.GPTConfig(layers=1, heads=2, width=16), V, 16, 2), []
+    hidden = gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda inputs: lengths.append(inputs.shape[1]) or hidden(inputs))
+    monkeypatch.setattr(
+        stages, "median_seconds", lambda steps, *_: {t: f() is None or 1.0 for t, f in steps.items()}
+    )
+    assert stages.uncached(gpt, torch.randint(V, (1, 32)), 16, torch.device("cpu")) == 16
+    assert lengths == [17, 25]
+
+
+def test_gpt2_of_transformers_writes_what_it_predicts():
+    pytest.importorskip("transformers")
+    gpt = vsr.GPT(vsr.GPTConfig(layers=2, heads=2, width=16), V, N, IMAGES)
+    model, prompt = gpt2.GPT2(gpt).eval(), torch.randint(V, (3, (IMAGES - 1) * N))
+    written = model.generate(prompt, N)
+    assert written.shape == (3, N)
+    logits = model(torch.cat([prompt, written], dim=1))
+    assert logits.shape == (3, IMAGES * N, V + 1)
+    assert torch.equal(logits[:, -N:].argmax(-1), written)
+
+
+def test_tables_of_a_study_are_of_all_its_seeds():
+    """Seeds that differ: means and spreads in the table, not those of the first cell."""
+    cells = [{side: {"psnr": value} for side in ("without", "with")} for value in (1.0, 2.0, 4.0)]
+    cells[2]["with"]["psnr"] = 8.0
+    text = studies.STUDIES["adversarial"].show(cells)
+    assert f"{statistics.median([1, 2, 4]):.3f} (1.000 to 4.000)" in text
+    assert "2.000 (1.000 to 8.000)" in text
