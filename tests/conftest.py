@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import data
+import evaluate
 import runtime
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +70,19 @@ def command():
         return SimpleNamespace(status=status, out=out.getvalue(), err=lines)
 
     return run
+
+
+@contextmanager
+def without_pictures():
+    """Leave out the pictures of a run: most of its time, where nobody looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_error_by_position", "plot_training", "save_samples", "save_reconstructions"):
+            patch.setattr(evaluate, name, lambda *_: None)
+        patch.setattr(data, "save_picture", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def no_pictures():
+    with without_pictures():
+        yield

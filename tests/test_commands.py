@@ -3,7 +3,6 @@
 PYTHONPATH=. python tests/test_commands.py     # after new weights/toy.pt: what it scores, in weights/toy.json
 """
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import without_pictures
 from PIL import Image
 
 import data
@@ -36,6 +36,7 @@ TINY = """
     --refiner-rollouts 32 --refiner-steps 10 --refiner-width 16 --refiner-batch-size 8
 """
 ALLOWED = {"cosine_error": 0.002, "token_accuracy": 0.005, "psnr": 0.15, "ssim": 0.01}  # of shipped weights
+TORCHRUN = "torchrun: only train_refiner.py works in more than one process"
 ALL_READINGS = ("tokens", "tokens+states", "tokens+query", "tokens+states+query", "query")
 
 
@@ -45,22 +46,6 @@ def metrics_of(folder) -> dict:
 
 def contents(folder) -> dict:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-
-
-@contextlib.contextmanager
-def without_pictures():
-    """Leave out the pictures of a run: most of its time, where nobody looks at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_error_by_position", "plot_training", "save_samples", "save_reconstructions"):
-            patch.setattr(evaluate, name, lambda *_: None)
-        patch.setattr(data, "save_picture", lambda *_, **__: None)
-        yield
-
-
-@pytest.fixture
-def no_pictures():
-    with without_pictures():
-        yield
 
 
 # Training: its parts
@@ -310,7 +295,8 @@ def folder_run(command, tmp_path_factory):
         f"folder:{folder / 'pictures'}",
     ]
     flags += ["--out", folder / "run", "--reads", *ALL_READINGS]
-    result = command(train_refiner, *flags)
+    with without_pictures():
+        result = command(train_refiner, *flags)
     assert result.status == 0, result.err
     return SimpleNamespace(pictures=folder / "pictures", out=folder / "run", flags=flags)
 
@@ -358,6 +344,15 @@ def test_dry_run_prints_sizes_and_writes_nothing(command, tmp_path, monkeypatch,
     assert result.status == 0
     for name in ("tokenizer", "backbone", *REFINERS):
         assert any(line.split()[0] == name and "parameters" in line for line in result.out.splitlines())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [data, generate])
+def test_commands_that_do_not_divide_their_work_refuse_torchrun(command, tmp_path, monkeypatch, module):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    result = command(module)
+    assert (result.status, result.err) == (2, [f"error: {TORCHRUN}"])
     assert not list(tmp_path.iterdir())
 
 

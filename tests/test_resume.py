@@ -184,7 +184,7 @@ def start(out):
     )
 
 
-def test_a_real_run_killed_in_every_stage_ends_with_the_same_weights(command, tmp_path):
+def test_a_real_run_killed_in_every_stage_ends_with_the_same_weights(command, no_pictures, tmp_path):
     for number, stage in enumerate(("tokenizer", "backbone", REFINER)):
         run = start(tmp_path / "killed")
         while run.poll() is None and not (tmp_path / "killed" / f"{stage}.progress").is_file():
