@@ -64,8 +64,8 @@ import vsr
 def improve(case) -> torch.Tensor:
     """Better tokens for the last image of each sentence: a Case of B sentences -> tokens (B, N) long."""
     # BEGIN SOLUTION
-    # Two networks that were trained apart make different mistakes, which a mean evens out. The one that has not
-    # seen what was written counts half: it gives up more right tokens.
+    # Two networks that were trained apart make different mistakes, which a mean evens out. The one that has
+    # not seen what was written counts half: it gives up more right tokens.
     _, ours = vsr.refine(case.refiners["tokens+query"], case.codebook, *case.rollout)  # (B, N, D)
     _, other = vsr.refine(case.refiners["query"], case.codebook, *case.rollout)  # (B, N, D)
     return vsr.nearest_code(ours + 0.5 * other, case.codebook)
