@@ -240,6 +240,14 @@ def test_unreadable_files_in_a_folder_are_named_and_skipped(photos, capsys):
     assert str(photos / "broken.png") in errors[0]
 
 
+def test_copies_in_a_folder_count_once(photos):
+    """Otherwise demonstration and query could be one picture."""
+    for path in sorted(photos.rglob("*.png"))[:20]:
+        (photos / f"copy of {path.name}").write_bytes(path.read_bytes())
+    found = data.load_folder(str(photos), 16)
+    assert sum(len(images) for images in found.values()) == 150
+
+
 def test_split_of_a_folder_survives_renaming(photos):
     before = data.load_folder(str(photos), 16)
     for number, path in enumerate(sorted(photos.rglob("*.png"), reverse=True)):

@@ -18,9 +18,10 @@ import train_refiner
 import vsr
 
 ROOT = Path(__file__).parent.parent
+# Codes are revived at step 101: a training that goes on at step 100 has to know which were unused before.
 SHORT = """
     --preset smoke --image-size 16 --train-sentences 64 --eval-sentences 24 --device cpu --dtype float32
-    --vqgan-steps 130 --vqgan-channels 16 --vqgan-batch-size 8 --vqgan-revive-every 30 --vqgan-gan-weight 0.5
+    --vqgan-steps 130 --vqgan-channels 16 --vqgan-batch-size 8 --vqgan-revive-every 34 --vqgan-gan-weight 0.5
     --gpt-steps 130 --gpt-width 16 --gpt-batch-size 4 --gpt-dropout 0.1
     --refiner-rollouts 32 --refiner-steps 130 --refiner-width 16 --refiner-batch-size 4 --refiner-dropout 0.1
     --reads tokens+query
