@@ -377,4 +377,4 @@ def mean_of_all(own: torch.Tensor) -> torch.Tensor:
 def parallel(model: torch.nn.Module) -> torch.nn.Module:
     """The model to call in a training step: its gradients become the mean over all processes."""
     wrap = torch.nn.parallel.DistributedDataParallel
-    return wrap(model, forward_sync_buffers=False) if dist.is_initialized() else model
+    return wrap(model, broadcast_buffers=False) if dist.is_initialized() else model
