@@ -229,7 +229,7 @@ def plot_training(path, logs: dict) -> None:
     for method, log in ((method_name(n[8:]), log) for n, log in logs.items() if n.startswith("refiner_")):
         cosine.plot(log["step"], log["loss"], color=COLOURS[method], linewidth=0.6, alpha=0.6)
         cosine.plot(log["val_step"], log["val_loss"], "o-", color=COLOURS[method], markersize=3, label=method)
-    cosine.set(title="refiners", ylabel="cosine loss", ylim=(0, None))
+    cosine.set(title="refiners", ylabel="cosine loss", yscale="log")
     for axis in figure.axes:
         axis.legend(fontsize=7, frameon=False)
     runtime.write_whole(path, figure.savefig)
