@@ -144,15 +144,15 @@ def format_table(scores: dict) -> str:
     lines[1] += "".join(f"{name:>10}" for name in ("all", *TASKS)) + f"{'closed':>7}{'acc.':>8}"
     lines[1] += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
     for method, score in scores.items():
-        gap = gap_closed(scores, method, "all") if changes_greedy(method) else math.nan
+        gap = gap_closed(scores, method, "all") if has_gap(method) else math.nan
         row = f"{method:28}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in ("all", *TASKS))
         row += f"{'' if math.isnan(gap) else format(gap, '.2f'):>7}{score['all']['token_accuracy']:8.3f}"
         lines.append(row + "".join(f"{score[name]['psnr']:8.2f}" for name in ("all", *TASKS)))
     return "\n".join(lines)
 
 
-def changes_greedy(method: str) -> bool:
-    """Whether a method answers what greedy decoding wrote, and is measured by the gap it closes."""
+def has_gap(method: str) -> bool:
+    """Whether a method is measured by the gap that it closes."""
     return method.startswith("refined_") or method in ("expected_embedding", "parallel")
 
 

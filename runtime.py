@@ -210,6 +210,8 @@ def stage(path: Path, config: dict, name: str, train) -> dict:
     if path.is_file():
         checkpoint = load_checkpoint(path)
         check_config(path, checkpoint["config"], config, f"--fresh {name} to train again from there")
+        if "seconds" not in checkpoint:
+            raise UserError(f"{path}: not a checkpoint of this stage; remove it, or give another --out")
         print(f"{name}: reusing {path}")
         return checkpoint
     began, unfinished = time.perf_counter(), path.with_suffix(".progress")

@@ -19,9 +19,8 @@ A worked example: K = 1 demonstration, images of N = 4 tokens, so a visual sente
 
 Pretraining puts cross-entropy on all 16 tokens. The refiner's loss is on the last 4 only.
 
-*Visual Self-Refinement for Autoregressive Models* (arXiv 2510.00993). This file needs torch alone. Tokens
-are long (B, N); embeddings are float (B, N, D). For a backbone of your own you need `Refiner`,
-`cosine_loss` and `refine`.
+*Visual Self-Refinement for Autoregressive Models* (arXiv 2510.00993). Tokens are long (B, N); embeddings are
+float (B, N, D). For a backbone of your own you need `Refiner`, `cosine_loss`, `refine`, and torch alone.
 """
 
 import math
@@ -101,21 +100,25 @@ class Refiner(nn.Module):
 
         What is not read may be None. Raises ValueError for what is missing, or has another N.
         """
-        if "tokens" in self.reads and embeddings is not None:
-            embeddings = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
+        if "tokens" not in self.reads or embeddings is None:
+            return F.normalize(self.change(embeddings, states, query), dim=-1)
+        embeddings = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
+        return F.normalize(embeddings + self.change(embeddings, states, query), dim=-1)
+
+    def change(self, embeddings, states, query) -> torch.Tensor:
+        """g_phi: by how much to move each unit-norm embedding, all positions at once -> (B, N, D)."""
         place = self.row_embedding.weight[:, None] + self.column_embedding.weight  # (h, w, C)
-        x = place = place.flatten(0, 1)  # (N, C)
+        x = place.flatten(0, 1)  # (N, C)
         for name, given in zip(READS, (embeddings, states, query), strict=True):
             if name in self.reads:
                 if given is None:
                     raise ValueError(f"this refiner reads {self.reads}, and was given no {name}")
-                if given.shape[1] != len(place):
+                if given.shape[1] != x.shape[-2]:
                     raise ValueError(f"{name} {tuple(given.shape)}, but the grid is {self.grid}")
                 x = x + self.read[name](given.float())  # (B, N, C)
         for block in self.blocks:
             x = block(x)  # (B, N, C)
-        change = self.to_code(self.norm(x)).float()  # (B, N, D): g_phi
-        return F.normalize(embeddings + change if "tokens" in self.reads else change, dim=-1)
+        return self.to_code(self.norm(x)).float()
 
 
 def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -126,8 +129,8 @@ def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """argmax_v <e'_t, codebook_v> under cosine: (..., D) and codebook (V, D) -> tokens (...) long.
 
-    The length of an embedding does not change its nearest code, so only the codebook is normalised.
-    Always in float32, under autocast too: near codes are one and the same number in bfloat16.
+    An embedding's length does not change its nearest code, so only the codebook is normalised. In float32
+    under autocast too: near codes are one and the same number in bfloat16.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         return (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).argmax(-1)
@@ -137,10 +140,10 @@ def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
 def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, embeddings=None):
     """One refining pass over what any backbone generated: `refine(refiner, codebook, *rollout)`.
 
-    codebook: (V, D), of any norm. tokens: (B, N) long, or embeddings (B, N, D) in their place.
-    states, query: (B, N, C), as in `Rollout`. What the refiner does not read may be None.
-    Returns the refined tokens y' (B, N) and the refined embeddings e'_seq (B, N, D), unit norm.
-    Raises ValueError if tokens and embeddings are both given, or what is read is missing.
+    codebook: (V, D), of any norm. tokens: (B, N) long, or embeddings (B, N, D) in their place. states, query:
+    (B, N, C), as in `Rollout`. What the refiner does not read may be None. Returns the refined tokens y'
+    (B, N) and the refined embeddings e'_seq (B, N, D), unit norm. Raises ValueError if tokens and embeddings
+    are both given, or what is read is missing.
     """
     if tokens is not None and embeddings is not None:
         raise ValueError("refine: give tokens or embeddings, not both")
@@ -160,8 +163,7 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
 def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
     """1 - cos(codebook[y_t], codebook[y*_t]) at each position: (B, N), (B, N) -> (B, N) in [0, 2].
 
-    Exactly 0 where the token is right. Its mean over sentences, summed over t, is the area under
-    the curve (`auc`) of the paper's Figure 2.
+    Exactly 0 where the token is right. Its mean over sentences, summed over t, is the `auc` of Figure 2.
     """
     vectors = F.normalize(codebook.float(), dim=-1)
     error = 1 - (vectors[tokens] * vectors[target_tokens]).sum(-1)
@@ -171,9 +173,8 @@ def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
 def gap_closed(free_running: float, refined: float, teacher_forced: float) -> float:
     """(free-running - refined) / (free-running - teacher-forced), of cosine errors.
 
-    0 gains nothing, 1 as much as the true prefix would; it can exceed 1; below 0 is harm. It counts two
-    things as one: what had accumulated, and what the backbone gets wrong on the true prefix too. NaN
-    where nothing has accumulated.
+    0 gains nothing, 1 as much as the true prefix would, more is possible, below 0 is harm. It counts two
+    things as one: what had accumulated, and what is wrong on the true prefix too. NaN if nothing accumulated.
     """
     accumulated = free_running - teacher_forced
     return (free_running - refined) / accumulated if accumulated > 0 else math.nan
@@ -228,11 +229,10 @@ class RelativeBias(nn.Module):
         self.table.data[range(heads), nearest[torch.arange(heads) % len(nearest)]] = 5.0
         row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)  # (N,) each
         y, x = row - row[:, None], column - column[:, None]  # (N, N): from query t to key s
-        place = (y + h - 1) * (2 * w - 1) + x + w - 1  # (N, N), into the table
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("place", (y + h - 1) * (2 * w - 1) + x + w - 1, persistent=False)  # (N, N)
 
     def forward(self) -> torch.Tensor:
-        return F.embedding(self.place, self.table.T).permute(2, 0, 1).contiguous()
+        return F.embedding(self.place, self.table.T).permute(2, 0, 1).contiguous()  # (H, N, N)
 
 
 class Attention(nn.Module):
@@ -310,10 +310,10 @@ class GPTConfig:
 class GPT(nn.Module):
     """A causal Transformer over visual sentences of `num_images` images, N tokens each.
 
-    The vocabulary is the codebook, 0 .. V-1. The start token is V: outside the codebook, never
-    predicted. Input i is token i-1 (the start token for i = 0) and predicts token i. Its position
-    embedding is that of the token to be predicted: the place in its image, plus the number of its
-    image. So the same place in source and target share an embedding, and matching them is easy.
+    The vocabulary is the codebook, 0 .. V-1. The start token is V: outside the codebook, never predicted.
+    Input i is token i-1 (the start token for i = 0) and predicts token i. Its position embedding is that of
+    the token to be predicted: the place in its image, plus the number of its image. So the same place in
+    source and target share an embedding, and matching them is easy.
     """
 
     def __init__(self, config: GPTConfig, codebook_size: int, tokens_per_image: int, num_images: int):
@@ -365,8 +365,8 @@ class GPT(nn.Module):
         N, P = self.tokens_per_image, prompt.shape[1]
         known = prompt if tokens is None else torch.cat([prompt, tokens[:, :-1]], dim=1)
         hidden = self.hidden(F.pad(known, (1, 0), value=self.start_token))  # (B, P+1 or P+N, C)
-        states = None if tokens is None else hidden[:, P:]
-        return Rollout(tokens, states, hidden[:, P - N + 1 : P + 1])
+        query = hidden[:, P - N + 1 : P + 1]  # (B, N, C)
+        return Rollout(tokens, None if tokens is None else hidden[:, P:], query)
 
     @torch.no_grad()
     def generate(self, prompt, num_tokens: int, temperature=0.0, top_k=0, top_p=1.0, generator=None):

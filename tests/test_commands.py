@@ -566,5 +566,5 @@ def test_generate_needs_no_training(command, tmp_path, monkeypatch):
     assert Image.open("edges.gif").n_frames > 60
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # after new weights: PYTHONPATH=. python tests/test_commands.py
     runtime.save(generate.SHIPPED.with_suffix(".json"), {"sentences": 96, "scores": shipped_scores(96)})

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
+from data import TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
@@ -67,6 +68,56 @@ def test_every_file_and_heading_that_is_linked_is_there(page):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             missing.append((path, anchor))
     assert links and not missing
+
+
+def test_the_figures_of_the_readme_are_those_of_the_run():
+    """Minutes, sizes and qualities of the stages, and the numbers in the sentences below the table."""
+    metrics, page = json.loads((ROOT / "results" / "toy" / "metrics.json").read_text()), PAGES[0].read_text()
+    seconds, params, scores = metrics["seconds"], metrics["params"], metrics["methods"]
+    rows = {line.split(" | ")[0].lstrip("| "): line for line in page.splitlines() if line.startswith("|")}
+
+    def minutes(*stages):
+        return f"| {sum(seconds[stage] for stage in stages) / 60:.1f} |"
+
+    def size(model):
+        return f"| {params[model] / 1e6:.2f} M parameters"
+
+    tokenizer, backbone = metrics["tokenizer"], metrics["backbone"]
+    for name, title in (("psnr_source", "sources"), ("psnr_target", "targets"), ("psnr_edges", "edge maps")):
+        assert f"{tokenizer[name]:.1f} dB on {title}" in rows["tokenizer"]
+    assert (
+        f"{tokenizer['codes_used']} of 128 codes used, perplexity {tokenizer['perplexity']:.0f} |"
+        in rows["tokenizer"]
+    )
+    losses = (
+        f"validation loss {backbone['val_loss']:.3f}, on the last image {backbone['val_target_loss']:.3f}"
+    )
+    assert f"{losses}, where {100 * backbone['val_target_accuracy']:.1f} % of tokens" in rows["backbone"]
+    assert minutes("tokenizer") in rows["tokenizer"] and size("tokenizer") in rows["tokenizer"]
+    assert minutes("sentences", "backbone") in rows["backbone"] and size("backbone") in rows["backbone"]
+    assert minutes("rollouts", "states") in rows["rollouts, states"]
+    for reading in ("tokens", "tokens+query", "query"):
+        row = rows[f"refiner `{reading}`"]
+        assert minutes(f"refiner_{reading}") in row and size(f"refiner_{reading}") in row
+    assert minutes("evaluation") in rows["evaluation"]
+    assert f"took {sum(seconds.values()) / 60:.0f} minutes" in page
+
+    words = " ".join(page.split())
+    gap = {
+        method: [f"{evaluate.gap_closed(scores, method, task):.2f}" for task in ("all", *TASKS)]
+        for method in scores
+        if evaluate.has_gap(method)
+    }
+    right = {method: f"{score['all']['token_accuracy']:.3f}" for method, score in scores.items()}
+    ours = "refined_tokens+query"
+    assert f"closes {gap['parallel'][0]} of the gap where `{ours}` closes {gap[ours][0]}" in words
+    assert f"accuracy: {right[ours]} with it and {right['parallel']} without, where" in words
+    assert f"where greedy decoding has {right['ar_greedy']}." in words
+    all_tasks, colorize, inpaint, edges = gap["refined_tokens"]
+    assert (
+        f"closes {all_tasks}: {edges} on edges, {colorize} on colorization, {inpaint} on inpainting" in words
+    )
+    assert f"`expected_embedding`, closes {gap['expected_embedding'][0]}." in words
 
 
 def test_the_readme_is_short():

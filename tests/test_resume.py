@@ -116,6 +116,9 @@ def test_a_stage_is_made_once_and_refused_for_another_configuration(tmp_path):
     with pytest.raises(runtime.UserError, match=r"rate = 0\.1, now 0\.2: .*--fresh trial"):
         runtime.stage(path, {"rate": 0.2}, "trial", train)
     assert len(made) == 1
+    runtime.save(path, {"config": {"rate": 0.1}, "model": {}})  # of something else, by chance under this name
+    with pytest.raises(runtime.UserError, match="not a checkpoint of this stage"):
+        runtime.stage(path, {"rate": 0.1}, "trial", train)
 
 
 def test_ctrl_c_lets_the_step_end_and_saves(tmp_path):
