@@ -17,16 +17,20 @@ Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
 
 import colorsys
 import hashlib
-import sys
+import os
+import re
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 import runtime
 from runtime import UserError
@@ -34,6 +38,12 @@ from runtime import UserError
 SPLITS = ("train", "val", "test")
 TASKS = ("colorize", "inpaint", "edges")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HIDDEN = (".", "@", "$", "__MACOSX")  # what systems put beside files: ._a.png, @eaDir, $RECYCLE.BIN
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass
@@ -111,32 +121,52 @@ def glyph_masks(size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(masks)).view(len(GLYPHS), 9, size, size)
 
 
-def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw n random scenes: a flat background and two objects, the second over the first.
+class Layers(NamedTuple):
+    """n scenes before they are painted: a flat background and two objects, the second over the first."""
 
-    masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`. turn: (n,) long, how far each
-    scene's hues are rotated: an object of kind k has the hue of kind k + turn. Returns (n, 3, S, S) in
-    [-1, 1]. Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable.
+    background: torch.Tensor  # (n, 3, 1, 1)
+    alpha: torch.Tensor  # (2, n, 1, S, S): where each object covers what is below
+    kind: torch.Tensor  # (2, n) long
+    shade: torch.Tensor  # (2, n) long, 0 or 1
+
+    def paint(self, colours: torch.Tensor) -> torch.Tensor:
+        """The scenes (n, 3, S, S) with objects of these colours, (2, n, 3)."""
+        image = self.background
+        for alpha, colour in zip(self.alpha, colours, strict=True):
+            image = image + alpha * (colour[:, :, None, None] - image)
+        return image
+
+
+def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: int = 2) -> Layers:
+    """Draw n random scenes. masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`.
+
+    Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable, and their
+    centres are at least `apart` of its steps from each other, across or down (at most 4).
     """
-    n, (kinds, variants, size, _) = len(turn), masks.shape
-    colours = palette(kinds)
+    kinds, variants, size, _ = masks.shape
 
     def pick(high):
         return torch.randint(high, (n,), generator=generator)
 
-    image = BACKGROUNDS[pick(4)][:, :, None, None].expand(n, 3, size, size)
+    background = BACKGROUNDS[pick(4)][:, :, None, None]
     steps = [torch.arange(-2, 3)] * 4
     places = torch.cartesian_prod(*steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
-    places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= 2]  # none hides the other: (456, 2, 2)
-    place = places[pick(len(places))]  # (n, 2, 2)
+    places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= apart]  # with 2: (456, 2, 2)
+    place, objects = places[pick(len(places))], []  # (n, 2, 2)
     for number in range(2):
         kind, variant, shade = pick(kinds), pick(variants), pick(2)
         read = torch.arange(size) - place[:, number, :, None] * (size // 8)  # (n, 2, S), in the mask
         rows, columns = read.clamp(0, size - 1).unbind(1)  # the masks' borders are empty
         mask = (kind * variants + variant)[:, None, None]
         alpha = masks.flatten(0, 1)[mask, rows[:, :, None], columns[:, None, :]]  # (n, S, S)
-        image = image + alpha[:, None] * (colours[(kind + turn) % kinds, shade][:, :, None, None] - image)
-    return image
+        objects.append((alpha[:, None], kind, shade))
+    return Layers(background, *map(torch.stack, zip(*objects, strict=True)))
+
+
+def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw n scenes (n, 3, S, S); turn: (n,) long, by how many kinds the hues of each are rotated."""
+    layers = draw_layers(masks, len(turn), generator)
+    return layers.paint(palette(len(masks))[(layers.kind + turn) % len(masks), layers.shade])
 
 
 def split_of(images: torch.Tensor) -> torch.Tensor:
@@ -152,19 +182,28 @@ def split_of(images: torch.Tensor) -> torch.Tensor:
     return (bucket >= 8).long() + (bucket >= 9).long()
 
 
+TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation -> Image.Transpose
+
+
 def load_image(path, size: int) -> torch.Tensor:
     """Read one image file as (3, size, size) in [-1, 1]: upright, on white, centre-cropped, resized.
 
     Raises UserError, naming the file, if it is missing or cannot be read as an image.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        with Image.open(path) as image:
+            image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
+            image.load()
+            turn = read_or_none(lambda: TURNS.get(image.getexif().get(0x0112)))
+            tags = getattr(image, "tag_v2", {})  # what a TIFF says of its numbers
+            bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
             if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel have no known range; save it with 8 or 16")
-            if image.mode.startswith("I;16"):  # 16 bits a pixel: Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
+                name = {1: "whole", 2: "signed", 3: "floating-point"}.get(kind, "other")
+                raise ValueError(f"{name} numbers of {bits} bits have no known range; save it with 8 bits")
+            if image.mode.startswith("I;16"):  # Pillow would clip
+                values = np.asarray(image) * (255 / tags.get(281, (2**bits - 1,))[0])
+                image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+            image = (image if turn is None else image.transpose(turn)).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -175,38 +214,93 @@ def load_image(path, size: int) -> torch.Tensor:
     return to_float(ImageOps.fit(image, (size, size), filter))
 
 
+def given_split(path: Path) -> str | None:
+    """The split that a part of a path names, in one of the usual spellings: "Validation" -> "val"."""
+    for part in path.parts[:-1]:
+        stem = re.sub(r"([ _.-]*(set|split|data|images|imgs|\d+))+$|[AB]$", "", part).lower()
+        for split, spellings in SPELLINGS.items():
+            if stem in spellings:
+                return split
+    return None
+
+
+def image_files(root: Path) -> tuple[list[Path], Counter]:
+    """All image files below `root`, links followed, and how many others there are, by what they are."""
+    images, others, seen = [], Counter(), set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        if (real := os.path.realpath(folder)) in seen:  # two links to one folder, or a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            ending = Path(name).suffix.lower()
+            if name.startswith(HIDDEN):
+                others["hidden"] += 1
+            elif ending not in IMAGE_ENDINGS:
+                others[ending or "without ending"] += 1
+            else:
+                images.append(Path(folder, name))
+    return sorted(images), others
+
+
 def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
-    """Read every image below `folder`; a file that cannot be read is named and skipped, a copy is left out.
+    """Read every image below `folder`; one line says what was read, and what was left out and why.
 
     Returns {"train", "val", "test": (n, 3, size, size) uint8}, held in memory (3 KB an image at 32 x 32).
-    If `folder` has sub-folders train, val and test, they are the splits. Otherwise each image's content
-    decides (`split_of`), so that the split is the same on every machine and for every order of the files.
+    Sub-folders train, val and test, in any usual spelling, are the splits. Without them each image's content
+    decides (`split_of`), so that the split is the same on every machine and for every order of the files. A
+    copy of an image counts once, and a file that cannot be read not at all.
     """
-    root = Path(folder).expanduser()
+    root, flag = Path(folder).expanduser(), f"--data folder:{folder}"
     if not root.is_dir():
-        raise UserError(f"--data folder:{folder}: no such folder")
-    given = all((root / split).is_dir() for split in SPLITS)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+        raise UserError(f"{flag}: no such folder")
+    files, left_out = image_files(root)
+    others = ", ".join(f"{n} {what}" for what, n in left_out.most_common())
     if not files:
-        raise UserError(f"--data folder:{folder}: no image files ({', '.join(IMAGE_ENDINGS)}) in it")
-    found, seen = {split: [] for split in SPLITS}, set()
-    for path in files:
+        raise UserError(
+            f"{flag}: no image files ({', '.join(IMAGE_ENDINGS)}) in it; {others or 'it is empty'}"
+        )
+    given = {path: given_split(path.relative_to(root)) for path in files}
+    named = [split for split in SPLITS if split in given.values()]
+    if named and len(named) < len(SPLITS):
+        missing = ", ".join(split for split in SPLITS if split not in named)
+        advice = f"add {missing}, or rename them to have all pictures mixed"
+        raise UserError(f"{flag}: has folders for {' and '.join(named)} alone; {advice}")
+    found, seen, notes = {split: [] for split in SPLITS}, set(), {}
+    for path in tqdm(files, f"read {root.name}", mininterval=1, leave=None):
+        if named and given[path] is None:
+            left_out["beside the splits"] += 1
+            notes.setdefault("beside the splits", f" (first: {path})")
+            continue
         try:
             image = load_image(path, size)
         except UserError as error:
-            print(f"skipped {error}", file=sys.stderr)
+            left_out["unreadable"] += 1
+            notes.setdefault("unreadable", f" (first: {error})")
             continue
-        split = path.relative_to(root).parts[0] if given else SPLITS[split_of(image[None])]
         pixels = to_uint8(image)
         key = hashlib.sha256(pixels.numpy().tobytes()).digest()
-        if split in found and key not in seen:  # a copy could be demonstration and query at once
-            seen.add(key)
-            found[split].append(pixels)
+        if key in seen:  # it could be demonstration and query at once
+            left_out["copies"] += 1
+            continue
+        seen.add(key)
+        found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
     counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())
+    said = ", ".join(f"{n} {what}{notes.get(what, '')}" for what, n in left_out.most_common())
+    said = f"; left out: {said}" if said else ""
     if min(len(images) for images in found.values()) < 4:
-        raise UserError(f"--data folder:{folder}: too few images ({counts}): each split needs 4; add more")
-    print(f"folder:{folder}: {counts} images")
+        raise UserError(f"{flag}: too few different images ({counts}{said}): each split needs 4; add more")
+    print(f"folder:{folder}: {counts} images{said}")
     return {split: torch.stack(images) for split, images in found.items()}
+
+
+def read_or_none(read):
+    """What `read` returns, or None if it fails: a tag that is damaged is no reason to refuse a picture."""
+    try:
+        return read()
+    except Exception:
+        return None
 
 
 # Tasks: scene -> (source, target)
@@ -296,13 +390,17 @@ class Sentences:
             missing = missing[~right]
         return scenes.view(n, per_sentence, 3, size, size)
 
+    def generator(self, split: str, index: int) -> torch.Generator:
+        """The random numbers of one batch."""
+        digest = hashlib.sha256(f"{self.seed}/{split}/{index}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
     def __call__(self, split: str, index: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the index-th batch of n sentences of a split.
 
         Returns images (n, 2K+2, 3, S, S) in [-1, 1], and the task of each sentence, (n,) long into `TASKS`.
         """
-        digest = hashlib.sha256(f"{self.seed}/{split}/{index}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = self.generator(split, index)
         scenes = self.scenes(split, n, generator)  # (n, K+1, 3, S, S)
         task = torch.randint(len(TASKS), (n,), generator=generator)
         images = torch.empty(n, 2 * scenes.shape[1], *scenes.shape[2:])
@@ -340,17 +438,23 @@ def to_float(images) -> torch.Tensor:
 
 def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str = "") -> None:
     """Write a labelled grid of pictures: equally long rows of images (3, H, W) and maps (H, W) in [0, 1]."""
+    size = max(cell.shape[-1] for row in rows for cell in row)
+
+    def tile(cell):  # -> (size + border, size + border, 3) uint8
+        rgb = to_uint8(cell).permute(1, 2, 0).cpu().numpy() if cell.ndim == 3 else None
+        rgb = colormaps["magma"](cell.float().cpu().numpy(), bytes=True)[..., :3] if rgb is None else rgb
+        rgb = rgb.repeat(size // len(rgb), 0).repeat(size // len(rgb), 1)
+        return np.pad(rgb, [(size // 20, size // 20)] * 2 + [(0, 0)], constant_values=255)
+
+    picture = np.block([[[tile(cell)] for cell in row] for row in rows])  # one image: axes for each are slow
     figure = Figure(figsize=(len(rows[0]) + 0.9, len(rows) + 0.5), layout="constrained", dpi=130)
-    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axis, cell in zip(axes.flat, [cell for row in rows for cell in row], strict=True):
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        shown = to_uint8(cell).permute(1, 2, 0) if cell.ndim == 3 else cell.float()
-        axis.imshow(shown.cpu().numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    for axis, label in zip(axes[0], column_labels, strict=False):
-        axis.set_title(textwrap.fill(label.replace("_", " "), 12), fontsize=8)
-    for axis, label in zip(axes[:, 0], row_labels, strict=False):
-        axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    axis, pitch = figure.subplots(), size + 2 * (size // 20)
+    axis.imshow(picture, interpolation="nearest")
+    axis.spines[:].set_visible(False)
+    columns = [textwrap.fill(label.replace("_", " "), 12) for label in column_labels]
+    axis.set_xticks([(i + 0.5) * pitch for i in range(len(columns))], columns, fontsize=8)
+    axis.set_yticks([(i + 0.5) * pitch for i in range(len(row_labels))], row_labels, fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
     figure.suptitle(title, fontsize=9)
     runtime.write_whole(path, figure.savefig)
 
@@ -369,12 +473,15 @@ def main():
     parser.add_argument("--data", dest="names", nargs="+", default=["shapes", "glyphs"], help="datasets")
     args = parser.parse_args()
     runtime.check_writable(args.out)
+    sheets = Counter()
     for name in args.names:
         config = runtime.configs_from_flags(args, {"data": DataConfig}, {"data": {"data": name}})["data"]
         images, task = Sentences(config, args.seed)("train", 0, 256)
         rows = [list(images[task == number][i]) for number in range(len(TASKS)) for i in range(3)]
         labels = [task_name if i == 1 else "" for task_name in TASKS for i in range(3)]
-        path = Path(args.out) / f"{Path(name.removeprefix('folder:')).name}.png"
+        sheet = Path(name.removeprefix("folder:")).resolve().name or "folder"
+        sheets[sheet] += 1
+        path = Path(args.out) / f"{sheet}{'' if sheets[sheet] == 1 else f'-{sheets[sheet]}'}.png"
         title = f"{name}: one visual sentence a row"
         save_picture(path, rows, labels, [*prompt_titles(images.shape[1]), "truth"], title)
         print(f"wrote {path}")

@@ -11,7 +11,6 @@
 Models are frozen; `autocast` is the context to run them in (`runtime.autocast`).
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -43,6 +42,9 @@ COLOURS = {
 }
 
 
+OF_FORCED = " of teacher_forced"
+
+
 def reading(text: str) -> str:
     """The name of what a refiner reads, "tokens+query" for instance, in the order of `vsr.READS`."""
     if not set(text.split("+")) <= set(vsr.READS):
@@ -69,7 +71,10 @@ def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, to
 
 @torch.no_grad()
 def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, autocast, seed: int = 0) -> dict:
-    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}."""
+    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}.
+
+    What repairs is also applied to the teacher-forced output: its name ends in `OF_FORCED` then.
+    """
     device = backbone.head.weight.device
     codebook = tokenizer.codebook.vectors
     generator = torch.Generator().manual_seed(seed)
@@ -80,15 +85,19 @@ def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, auto
         N = y_true.shape[1]
         with autocast:
             rollout = backbone.generate(prompt, N)
+            forced = backbone.replay(prompt, y_true)
+            forced = forced._replace(tokens=backbone.logits(forced.states).argmax(-1))
             now = {
                 "vqgan_limit": y_true,
-                "teacher_forced": backbone.logits(backbone.replay(prompt, y_true).states).argmax(-1),
+                "teacher_forced": forced.tokens,
                 "ar_greedy": rollout.tokens,
                 "ar_sampled": backbone.generate(prompt, N, 1.0, generator=generator).tokens,
-                "expected_embedding": vsr.expected_embedding(backbone.logits(rollout.states), codebook),
             }
-            for reading, refiner in refiners.items():
-                now[method_name(reading)], _ = vsr.refine(refiner, codebook, *rollout)
+            for of, given in (("", rollout), (OF_FORCED, forced)):
+                logits = backbone.logits(given.states)
+                now["expected_embedding" + of] = vsr.expected_embedding(logits, codebook)
+                for reading, refiner in refiners.items():
+                    now[method_name(reading) + of], _ = vsr.refine(refiner, codebook, *given)
         for method, y in now.items():
             written.setdefault(method, []).append(y.cpu())
     return {method: torch.cat(parts) for method, parts in written.items()}
@@ -135,25 +144,33 @@ def gap_closed(scores: dict, method: str, name: str) -> float:
     return vsr.gap_closed(free, refined, forced)
 
 
+def exposure_removed(scores: dict, method: str, name: str) -> float:
+    """`vsr.exposure_removed` of a method, over all sentences or a task."""
+    rows = ("ar_greedy", method, "teacher_forced", method + OF_FORCED)
+    return vsr.exposure_removed(*(scores[row][name]["cosine_error"] for row in rows))
+
+
 def format_table(scores: dict) -> str:
     """The results as text, one line a method."""
-    lines = [
-        f"{'':28}{'cosine error (lower is better)':^40}{'gap':>7}{'token':>8}{'PSNR in dB':^32}",
-        " " * 28,
-    ]
-    lines[1] += "".join(f"{name:>10}" for name in ("all", *TASKS)) + f"{'closed':>7}{'acc.':>8}"
+    names = ("all", *TASKS)
+    head = f"{'':22}{'cosine error (lower is better)':^40}{'gap':>8}{'exposure':>10}{'token':>7}"
+    lines = [head + f"{'PSNR in dB':^32}", " " * 22 + "".join(f"{name:>10}" for name in names)]
+    lines[1] += f"{'closed':>8}{'removed':>10}{'acc.':>7}"
     lines[1] += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
-    for method, score in scores.items():
-        gap = gap_closed(scores, method, "all") if has_gap(method) else math.nan
-        row = f"{method:28}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in ("all", *TASKS))
-        row += f"{'' if math.isnan(gap) else format(gap, '.2f'):>7}{score['all']['token_accuracy']:8.3f}"
-        lines.append(row + "".join(f"{score[name]['psnr']:8.2f}" for name in ("all", *TASKS)))
+    for method in (method for method in scores if not method.endswith(OF_FORCED)):
+        score, shares = scores[method], [""] * 2
+        if has_gap(method):
+            shares = [f"{share(scores, method, 'all'):.2f}" for share in (gap_closed, exposure_removed)]
+        row = f"{method:22}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in names)
+        row += f"{shares[0]:>8}{shares[1]:>10}{score['all']['token_accuracy']:7.3f}"
+        lines.append(row + "".join(f"{score[name]['psnr']:8.2f}" for name in names))
     return "\n".join(lines)
 
 
 def has_gap(method: str) -> bool:
-    """Whether a method is measured by the gap that it closes."""
-    return method.startswith("refined_") or method in ("expected_embedding", "parallel")
+    """Whether a method is measured by the gap that it closes: whatever repairs what greedy decoding wrote."""
+    plain = method.startswith("refined_") or method in ("expected_embedding", "parallel")
+    return plain and not method.endswith(OF_FORCED)
 
 
 def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, params: dict) -> str:
@@ -241,12 +258,12 @@ def save_samples(path, tokenizer: VQGAN, written: dict, images, task, autocast, 
     The rows are the first sentences of each task, not chosen ones. images: (S, 2K+2, 3, H, W).
     """
     codebook = tokenizer.codebook.vectors.cpu()
-    shown = [m for m in written if m == "ar_greedy" or m.startswith("refined_") or m == "parallel"]
+    shown = ["ar_greedy", *(m for m in written if has_gap(m) and m != "expected_embedding")]
     rows, labels = [], []
     for number, name in enumerate(TASKS):
         for i in (task == number).nonzero().flatten()[:per_task].tolist():
             tokens = torch.stack([written[method][i] for method in shown])  # (methods, N)
-            error = vsr.cosine_error(tokens, written["vqgan_limit"][i], codebook)
+            error = vsr.cosine_error(tokens, written["vqgan_limit"][i].expand_as(tokens), codebook)
             made = decode_images(tokenizer, tokens, autocast)
             rows.append([*images[i, :-1], *made, images[i, -1], *error.unflatten(1, tokenizer.grid)])
             labels.append(name)
@@ -290,6 +307,8 @@ def load_model(kind: str, checkpoint: dict, device, path) -> nn.Module:
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError):  # another model, or a field that is gone
         raise UserError(f"{path}: the checkpoint of another model or another version") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: weights that are not finite; remove it, and train again")
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -307,10 +326,16 @@ def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
         checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
     else:
         raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
-    models = {}
+    models, weights = {}, {}
     for name, checkpoint in checkpoints.items():
         kind, _, reading = name.removesuffix(".pt").partition("_")
         models[reading or kind] = load_model(kind, checkpoint, device, path / name)
+        weights[kind] = runtime.fingerprint(checkpoint["model"])
+    for name, checkpoint in checkpoints.items():
+        made_of = checkpoint["config"].get("weights")
+        if made_of is None or any(weights.get(kind) != digest for kind, digest in made_of.items()):
+            advice = f"`python train_refiner.py --out {path} --fresh` trains again"
+            raise UserError(f"{path / name}: trained with other models than those beside it; {advice}")
     if len(models) < 3 or not {"tokenizer", "backbone"} <= models.keys():
         raise UserError(f"--run {path}: no refiner in it; `python train_refiner.py --out {path}` goes on")
     tokenizer, backbone = models.pop("tokenizer"), models.pop("backbone")
@@ -324,5 +349,6 @@ def save_weights(path, out: Path, readings) -> None:
     for name in ("tokenizer.pt", "backbone.pt", *(f"refiner_{reading}.pt" for reading in readings)):
         checkpoint = runtime.load_checkpoint(out / name)
         weights = {key: x.half() if x.is_floating_point() else x for key, x in checkpoint["model"].items()}
-        small[name] = {"config": checkpoint["config"], "model": weights}
+        config = {key: value for key, value in checkpoint["config"].items() if key != "found_in"}
+        small[name] = {"config": config, "model": weights}
     runtime.save(path, {"config": small["backbone.pt"]["config"], "checkpoints": small})

@@ -26,25 +26,40 @@ from runtime import UserError
 SHIPPED = Path(__file__).parent / "weights" / "toy.pt"  # python train_refiner.py --weights weights/toy.pt
 
 
-def sentences_to_show(args, config: data.DataConfig, seed: int) -> tuple[torch.Tensor, bool]:
+def sentences_of(config: dict, folder: str | None) -> data.Sentences:
+    """The sentences of a finished run; a folder's pictures are read from where they were, or are now."""
+    scenes = dict(config["data"])
+    if scenes["data"] == "folder:":
+        where = folder.removeprefix("folder:") if folder else config.get("found_in")
+        if where is None:
+            raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
+        scenes["data"] += where
+    sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
+    if sentences.fingerprint != config.get("pictures"):
+        print(f"note: {where} holds other pictures than those that the models were trained on")
+    return sentences
+
+
+def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
     """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth.
 
-    config, seed: of the data that the models were trained on.
+    config: of the run, as `evaluate.load_run` returns it.
     """
+    num_demos, size = config["data"]["num_demos"], config["data"]["image_size"]
     if args.demos and (args.query is None or args.task):
         raise UserError("--demos: give the image to be completed with --query, and leave --task out")
     if args.demos:
-        if len(args.demos) != 2 * config.num_demos:
-            pairs = f"{config.num_demos} source/target pairs"
+        if len(args.demos) != 2 * num_demos:
+            pairs = f"{num_demos} source/target pairs"
             raise UserError(f"--demos: {len(args.demos)} images, but these models were trained with {pairs}")
-        images = [data.load_image(path, config.image_size) for path in (*args.demos, args.query)]
+        images = [data.load_image(path, size) for path in (*args.demos, args.query)]
         return torch.stack([*images, torch.zeros_like(images[-1])])[None], False
     if args.query is not None and args.task is None:
         raise UserError("--query: give --task, or the demonstrations of a task with --demos")
-    images, task = data.Sentences(config, seed)("test", args.seed, 64)  # with seed 0 as in the evaluation
+    images, task = sentences_of(config, args.data)("test", args.seed, 64)  # with seed 0 as in the evaluation
     chosen = images if args.task is None else images[task == TASKS.index(args.task)]
     if args.query is not None:
-        chosen, scene = chosen[:1].clone(), data.load_image(args.query, config.image_size)[None]
+        chosen, scene = chosen[:1].clone(), data.load_image(args.query, size)[None]
         generator = torch.Generator().manual_seed(args.seed)
         chosen[0, -2:] = torch.cat(data.TASK_FUNCTIONS[args.task](scene, generator))
     return chosen[: args.count], True
@@ -109,7 +124,8 @@ def parse_arguments():
     parser.add_argument("--query", metavar="IMAGE", help="your own image, with --task or --demos")
     parser.add_argument("--demos", nargs="+", metavar="IMAGE", help="your demonstrations: source target ...")
     parser.add_argument("--count", type=int, default=8, help="toy sentences to show (default: 8)")
-    parser.add_argument("--reads", metavar="READING", help="which refiner, e.g. tokens+query (default: all)")
+    parser.add_argument("--reads", type=evaluate.reading, help="which refiner: tokens+query (default: all)")
+    parser.add_argument("--data", metavar="folder:PATH", help="where the pictures of the training are now")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="... likeliest up to this probability")
@@ -147,7 +163,7 @@ def main():
         if args.reads not in refiners:
             raise UserError(f"--reads {args.reads}: {args.run} has only {', '.join(refiners)}")
         refiners = {args.reads: refiners[args.reads]}
-    images, truth_known = sentences_to_show(args, data.DataConfig(**config["data"]), config["run"]["seed"])
+    images, truth_known = sentences_to_show(args, config)
 
     tokens = tokenizer.encode(images.flatten(0, 1).to(device)).view(*images.shape[:2], -1)  # (n, 2K+2, N)
     prompt, generator = tokens[:, :-1].flatten(1), torch.Generator().manual_seed(args.seed)

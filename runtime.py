@@ -5,8 +5,11 @@ trainings that go on after a kill, more than one process.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
 import json
 import math
 import os
@@ -89,6 +92,9 @@ def run_command(main, kept: str = "", divides: bool = False) -> None:
 
     divides: whether the command divides its work among the processes of `torchrun`.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file's name may not exist in the encoding of a terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if dist.is_torchelastic_launched() and not divides:
             raise UserError("torchrun: only train_refiner.py works in more than one process")
@@ -115,19 +121,34 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torch.dtype:
     """`auto`, `float32` or `bfloat16` -> the precision of `autocast`.
 
-    `auto` is bfloat16 where the hardware is fast at it: GPUs, and CPUs with AVX512-BF16 or AMX.
+    `auto` is bfloat16 where the hardware is fast at it: GPUs, and CPUs with AVX512-BF16 or AMX. In the folder
+    of a run that was begun, it is what the run was begun in.
     """
     if name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if device.type != "cpu":
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if fast else "float32"
+        for path in (run / "tokenizer.pt", run / "tokenizer.progress") if run else ():
+            begun = load_checkpoint(path)["config"].get("run", {}).get("dtype") if path.is_file() else name
+            if begun != name:
+                print(f"--dtype {begun}: {run} was begun in it; here, --dtype auto would be {name}")
+                name = begun
     if name not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {name}: expected auto, float32 or bfloat16")
     return getattr(torch, name)
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise UserError if `torch.compile` does not work here, for want of a C++ compiler for instance."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds, and pages long
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(f"--compile: torch.compile does not work here ({reason}); leave it out") from None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -161,6 +182,29 @@ def check_writable(folder, flag: str = "--out") -> None:
     probe.unlink()
 
 
+@contextlib.contextmanager
+def locked(folder, flag: str = "--out"):
+    """Keep other processes from working on `folder`; raises UserError if one does.
+
+    The operating system ends the lock with its process, however that ends.
+    """
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: a disk that knows no locks
+                advice = f"another process is at work there; wait for it, or give another {flag}"
+                raise UserError(f"{flag} {folder}: {advice}") from None
+        yield
+
+
 def save(path, content: dict) -> None:
     """Write a dictionary whole or not at all: readable JSON for .json, else tensors and plain types."""
     if Path(path).suffix == ".json":
@@ -182,9 +226,26 @@ def load_checkpoint(path) -> dict:
     return content
 
 
+def fingerprint(weights: dict) -> str:
+    """16 hex digits that name weights {name: tensor} by their values, rounded to half precision.
+
+    So the same weights in half precision have the same.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(weights.items()):
+        x = x.half() if x.is_floating_point() else x
+        digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """Name the first field in which two nested configurations differ, with both values, or None."""
+    """Name the first field in which two nested configurations differ, with both values, or None.
+
+    `found_in`, the place of files, is not compared.
+    """
     for name, value in new.items():
+        if name == "found_in":
+            continue
         if isinstance(value, dict):
             if found := first_difference(old.get(name, {}), value, f"{prefix}{name}."):
                 return found
@@ -265,6 +326,8 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
                     keep(step + 1)
                 if interrupts and is_first():  # one that left earlier would keep it from saving
                     raise KeyboardInterrupt(f"{name}: {unit} {saved_steps[-1]} of {steps} is saved")
+            if not all(p.isfinite().all() for p in weights):  # no loss has seen the last update
+                raise UserError(f"{name}: the weights are not finite; try a lower learning rate")
         finally:
             if listens:
                 signal.signal(signal.SIGINT, handler)

@@ -12,6 +12,7 @@ A stage whose checkpoint lies in --out with the same configuration is reused. Th
 batch, forward, loss, step, log.
 """
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +87,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             updates = {}  # {shape: [(parameter, update), ...]}
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group["momentum"])
                 updates.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))
@@ -358,6 +361,8 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
     Returns the refiner and the log of `train_refiner`; a sixteenth of the sentences is held out for
     `val_loss`. Apply it with `vsr.refine`. Raises ValueError if the shapes do not fit.
     """
+    if not set(reads) <= set(vsr.READS):
+        raise ValueError(f"reads {reads!r}: expected one or more of {vsr.READS}")
     config, device = config or RefinerConfig(), torch.device(device)
     N, batches = grid[0] * grid[1], prompts.split(config.rollout_batch)
     with torch.no_grad():
@@ -368,6 +373,7 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
         if parts[0] is None:
             raise ValueError(f"reads {reads}: `write` gave no {name}; give them, or read ('tokens',)")
         fields[name] = torch.cat([part.cpu() for part in parts])  # (S, N) or (S, N, C)
+        vsr.require_finite(fields[name], **{name: fields[name]})
     y, truth = fields["tokens"], truth.cpu()
     if not y.shape == truth.shape == (len(prompts), N) or len(truth) < 2:
         shapes = f"tokens {tuple(y.shape)}, truth {tuple(truth.shape)}, grid {grid}"
@@ -406,6 +412,10 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
     scenes = {name: value for name, value in asdict(config["data"]).items() if not name.endswith("sentences")}
     made_with = {"run": {"seed": seed, "dtype": str(dtype).removeprefix("torch.")}, "data": scenes}
     made_with |= {"pictures": sentences.fingerprint} if sentences.fingerprint else {}
+    if sentences.folder is not None:  # its pictures are its identity, not the spelling of its path
+        made_with["found_in"] = str(Path(scenes["data"].removeprefix("folder:")).expanduser().resolve())
+        scenes["data"] = "folder:"
+    made_with["weights"] = {}  # {stage: the fingerprint of the models that later stages are trained on}
 
     def stage(name: str, train):
         """The frozen model of a stage, or its rollouts: reused, or trained by `train(progress)`."""
@@ -414,9 +424,13 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
             for stale in (f"{name}.*", *(f"{later}*" for later in STAGES[STAGES.index(kind) + 1 :])):
                 for file in out.glob(stale):
                     file.unlink()
-        checkpoint = runtime.stage(path, dict(made_with), kind, train)
+        checkpoint = runtime.stage(path, {**made_with, "weights": dict(made_with["weights"])}, kind, train)
         logs[name], seconds[name] = checkpoint["log"], checkpoint["seconds"]
-        return checkpoint if kind == "rollouts" else evaluate.load_model(kind, checkpoint, device, path)
+        if kind == "rollouts":
+            return checkpoint
+        if kind != "refiner":
+            made_with["weights"][kind] = runtime.fingerprint(checkpoint["model"])
+        return evaluate.load_model(kind, checkpoint, device, path)
 
     # 1. The tokenizer
     made_with["vqgan"] = asdict(config["vqgan"])
@@ -503,11 +517,13 @@ def main():
     config = runtime.configs_from_flags(args, CONFIGS, PRESETS[args.preset])
     batch_sizes = {f"--{name}-batch-size": config[name].batch_size for name in ("vqgan", "gpt", "refiner")}
     device = runtime.start_processes(runtime.pick_device(args.device), batch_sizes)
-    dtype = runtime.pick_dtype(args.dtype, device)
+    dtype = runtime.pick_dtype(args.dtype, device, None if args.fresh == "tokenizer" else args.out)
     params = check_sizes(config, args.readings)
     if args.dry_run:
         return
     runtime.check_writable(args.out)
+    if args.compile:
+        runtime.check_compile(device)
     if args.weights:
         if Path(args.weights).suffix != ".pt" or Path(args.weights).resolve().parent == args.out.resolve():
             raise UserError(f"--weights {args.weights}: expected a file that ends in .pt, outside of --out")
@@ -518,14 +534,15 @@ def main():
         raise UserError(f"--eval-sentences {len(test[1])}: too few, a task does not come up; give more")
 
     run = (device, dtype, args.seed)
-    trained = train_models(args.out, config, args.readings, sentences, *run, args.fresh, args.compile)
-    if runtime.end_processes():
-        setting = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
-        setting |= {"preset": args.preset, **{name: asdict(part) for name, part in config.items()}}
-        print(evaluate.evaluate_run(args.out, trained, sentences, *test, setting, params))
-        if args.weights:
-            evaluate.save_weights(args.weights, args.out, args.readings)
-            print(f"wrote {args.weights}")
+    with runtime.locked(args.out) if runtime.is_first() else contextlib.nullcontext():
+        trained = train_models(args.out, config, args.readings, sentences, *run, args.fresh, args.compile)
+        if runtime.end_processes():
+            setting = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+            setting |= {"preset": args.preset, **{name: asdict(part) for name, part in config.items()}}
+            print(evaluate.evaluate_run(args.out, trained, sentences, *test, setting, params))
+            if args.weights:
+                evaluate.save_weights(args.weights, args.out, args.readings)
+                print(f"wrote {args.weights}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Codebook(nn.Module):
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Unit-norm z (..., D) -> tokens (...): the code with the largest dot product. Always in float32."""
         with torch.autocast(z.device.type, enabled=False):
-            return (z.detach().float() @ self.vectors.detach().T).argmax(-1)
+            return (z.detach().float() @ self.vectors.detach().float().T).argmax(-1)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quantize unit-norm encoder outputs.
@@ -153,21 +153,29 @@ class VQGAN(nn.Module):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> unit-norm encoder outputs z, (B, N, D)."""
-        z = self.encoder(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
+        images = images.to(self.codebook.weight.dtype, memory_format=torch.channels_last)
+        z = self.encoder(images).flatten(2).transpose(1, 2)  # (B, N, D)
         return F.normalize(z.float(), dim=-1)  # (B, N, D)
 
     def decode_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, N, D), on or off the codebook -> images (B, 3, H, W), about [-1, 1], not clipped."""
         grid = embeddings.transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
-        return self.decoder(grid.contiguous(memory_format=torch.channels_last)).float()
+        grid = grid.to(self.codebook.weight.dtype, memory_format=torch.channels_last)
+        return self.decoder(grid).float()
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N) long in [0, V) -> embeddings (B, N, D) unit norm."""
-        return self.codebook.vectors[tokens]
+        """Tokens (B, N) of any integer type, in [0, V) -> embeddings (B, N, D) unit norm; else IndexError."""
+        return F.embedding(tokens.long(), self.codebook.vectors)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, N) long, raster order."""
-        return self.codebook.nearest(self.latents(images))
+        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, N) long, raster order.
+
+        Raises ValueError for latents that are not finite: argmax would make them token 0.
+        """
+        z = self.latents(images)
+        if not z.sum().isfinite():
+            raise ValueError("not finite: the images, or the tokenizer's weights")
+        return self.codebook.nearest(z)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N) long -> images (B, 3, H, W) in [-1, 1]."""
@@ -234,9 +242,10 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
     The mean over channels and over all places of a Gaussian window of 11 x 11 pixels, sigma 1.5:
 
-        (2 m_x m_y + C1)(2 s_xy + C2) / ((m_x^2 + m_y^2 + C1)(s_x^2 + s_y^2 + C2)),   C1 = 0.02^2, C2 = 0.06^2
+        (2 m_x m_y + C1)(2 s_xy + C2) / ((m_x^2 + m_y^2 + C1)(s_x^2 + s_y^2 + C2)),   C1 = 0.01^2, C2 = 0.03^2
 
-    with C1 and C2 for a range of 2. Raises RuntimeError for images smaller than the window.
+    on the usual range, [0, 1]: its first factor depends on where black lies. Raises RuntimeError for images
+    smaller than the window.
     """
     window = torch.exp(-torch.arange(-5.0, 6.0, device=images.device).square() / (2 * 1.5**2))
     window = window / window.sum()
@@ -247,11 +256,11 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
             *images.shape[:2], *[size - 10 for size in images.shape[2:]]
         )
 
-    x, y = images.float(), truth.float()
+    x, y = (images.float() + 1) / 2, (truth.float() + 1) / 2
     m_x, m_y = blur(x), blur(y)
     s_x, s_y, s_xy = blur(x * x) - m_x**2, blur(y * y) - m_y**2, blur(x * y) - m_x * m_y
-    luminance = (2 * m_x * m_y + 0.02**2) / (m_x**2 + m_y**2 + 0.02**2)
-    structure = (2 * s_xy + 0.06**2) / (s_x + s_y + 0.06**2)
+    luminance = (2 * m_x * m_y + 0.01**2) / (m_x**2 + m_y**2 + 0.01**2)
+    structure = (2 * s_xy + 0.03**2) / (s_x + s_y + 0.03**2)
     return (luminance * structure).flatten(1).mean(1)
 
 

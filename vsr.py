@@ -46,12 +46,12 @@ class Rollout(NamedTuple):
 class RefinerConfig:
     """The refiner and its training."""
 
-    layers: Annotated[int, "bidirectional Transformer blocks"] = 2
+    layers: Annotated[int, "bidirectional Transformer blocks"] = 3
     heads: Annotated[int, "attention heads"] = 8
-    width: Annotated[int, "size of a hidden state"] = 64
+    width: Annotated[int, "size of a hidden state"] = 56
     dropout: Annotated[float, "dropout in the blocks while training", (0, 0.99)] = 0.0
     attention: Annotated[bool, "let positions see each other; without is a control"] = True
-    rollouts: Annotated[int, "sentences that the frozen backbone generates for training"] = 16384
+    rollouts: Annotated[int, "sentences that the frozen backbone generates for training"] = 20480
     rollout_batch: Annotated[int, "sentences generated at once; each needs a KV cache"] = 256
     steps: Annotated[int, "training steps"] = 1500
     batch_size: Annotated[int, "rollouts a step"] = 64
@@ -98,7 +98,7 @@ class Refiner(nn.Module):
     def forward(self, embeddings=None, states=None, query=None) -> torch.Tensor:
         """Refine embeddings (B, N, D) with states and query (B, N, C): e'_seq (B, N, D), unit norm.
 
-        What is not read may be None. Raises ValueError for what is missing, or has another N.
+        What is not read may be None. Raises ValueError for what is missing, or has another shape.
         """
         if "tokens" not in self.reads or embeddings is None:
             return F.normalize(self.change(embeddings, states, query), dim=-1)
@@ -107,22 +107,27 @@ class Refiner(nn.Module):
 
     def change(self, embeddings, states, query) -> torch.Tensor:
         """g_phi: by how much to move each unit-norm embedding, all positions at once -> (B, N, D)."""
-        place = self.row_embedding.weight[:, None] + self.column_embedding.weight  # (h, w, C)
-        x = place.flatten(0, 1)  # (N, C)
-        for name, given in zip(READS, (embeddings, states, query), strict=True):
-            if name in self.reads:
-                if given is None:
-                    raise ValueError(f"this refiner reads {self.reads}, and was given no {name}")
-                if given.shape[1] != x.shape[-2]:
-                    raise ValueError(f"{name} {tuple(given.shape)}, but the grid is {self.grid}")
-                x = x + self.read[name](given.float())  # (B, N, C)
+        x = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)  # (N, C)
+        given = dict(zip(READS, (embeddings, states, query), strict=True))
+        for name in self.reads:
+            if given[name] is None:
+                raise ValueError(f"this refiner reads {self.reads}, and was given no {name}")
+            shape = (len(given[self.reads[0]]), self.grid[0] * self.grid[1], self.read[name][1].in_features)
+            if given[name].shape != shape:  # (B, 1, C) would be broadcast without a word
+                raise ValueError(f"{name} {tuple(given[name].shape)}: this refiner expects {shape}")
+        for name in self.reads:
+            x = x + self.read[name](given[name].to(self.to_code.weight.dtype))  # (B, N, C)
         for block in self.blocks:
             x = block(x)  # (B, N, C)
         return self.to_code(self.norm(x)).float()
 
 
 def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of 1 - cos(e'_t, e*_t); refined, target: (B, N, D). In [0, 2]."""
+    """Mean over positions of 1 - cos(e'_t, e*_t); refined, target: (B, N, D). In [0, 2].
+
+    Raises ValueError for two shapes.
+    """
+    require_same_shape(refined, target)
     return (1 - F.cosine_similarity(refined.float(), target.float(), dim=-1)).mean()
 
 
@@ -130,10 +135,13 @@ def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     """argmax_v <e'_t, codebook_v> under cosine: (..., D) and codebook (V, D) -> tokens (...) long.
 
     An embedding's length does not change its nearest code, so only the codebook is normalised. In float32
-    under autocast too: near codes are one and the same number in bfloat16.
+    under autocast too: near codes are one and the same number in bfloat16. Raises ValueError for numbers that
+    are not finite.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        return (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).argmax(-1)
+        cosine, tokens = (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).max(-1)
+    require_finite(cosine, embeddings=embeddings, codebook=codebook)
+    return tokens
 
 
 @torch.no_grad()
@@ -143,18 +151,43 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
     codebook: (V, D), of any norm. tokens: (B, N) long, or embeddings (B, N, D) in their place. states, query:
     (B, N, C), as in `Rollout`. What the refiner does not read may be None. Returns the refined tokens y'
     (B, N) and the refined embeddings e'_seq (B, N, D), unit norm. Raises ValueError if tokens and embeddings
-    are both given, or what is read is missing.
+    are both given, what is read is missing or has another shape, or something is not finite.
     """
     if tokens is not None and embeddings is not None:
         raise ValueError("refine: give tokens or embeddings, not both")
     if tokens is not None:
-        embeddings = codebook[tokens]  # (B, N, D)
+        embeddings = embed(tokens, codebook)  # (B, N, D)
     was_training = refiner.training
     try:
         refined = refiner.eval()(embeddings, states, query)
     finally:
         refiner.train(was_training)
+    require_finite(refined, codebook=codebook, embeddings=embeddings, states=states, query=query)
     return nearest_code(refined, codebook), refined
+
+
+def embed(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """codebook[y]: tokens (B, N) of any integer type, codebook (V, D) -> (B, N, D). ValueError for others."""
+    try:
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise IndexError
+        return F.embedding(tokens.long(), codebook)  # codebook[tokens] takes -1, and uint8 for a mask
+    except IndexError:
+        found = f"{tokens.min()} to {tokens.max()} ({tokens.dtype})"
+        raise ValueError(f"tokens from {found}: expected integers from 0 to {len(codebook) - 1}") from None
+
+
+def require_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Raise ValueError, with both shapes, where PyTorch would broadcast."""
+    if a.shape != b.shape:
+        raise ValueError(f"two shapes: {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def require_finite(result: torch.Tensor, **made_of) -> None:
+    """Raise ValueError, naming what it was made of, for NaN or infinity: argmax would make it token 0."""
+    if not result.sum(dtype=torch.float32).isfinite():
+        bad = [name for name, x in made_of.items() if x is not None and not x.isfinite().all()]
+        raise ValueError(f"not finite: {', '.join(bad) or 'the weights, or what they make'}")
 
 
 # What is measured
@@ -165,19 +198,30 @@ def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
 
     Exactly 0 where the token is right. Its mean over sentences, summed over t, is the `auc` of Figure 2.
     """
+    require_same_shape(tokens, target_tokens)
     vectors = F.normalize(codebook.float(), dim=-1)
-    error = 1 - (vectors[tokens] * vectors[target_tokens]).sum(-1)
+    error = 1 - (embed(tokens, vectors) * embed(target_tokens, vectors)).sum(-1)
     return error.masked_fill(tokens == target_tokens, 0.0)
 
 
 def gap_closed(free_running: float, refined: float, teacher_forced: float) -> float:
-    """(free-running - refined) / (free-running - teacher-forced), of cosine errors.
+    """(free-running - refined) / (free-running - teacher-forced), of cosine errors; NaN without a gap.
 
     0 gains nothing, 1 as much as the true prefix would, more is possible, below 0 is harm. It counts two
-    things as one: what had accumulated, and what is wrong on the true prefix too. NaN if nothing accumulated.
+    things as one: what had accumulated, and what is wrong on the true prefix too.
     """
     accumulated = free_running - teacher_forced
     return (free_running - refined) / accumulated if accumulated > 0 else math.nan
+
+
+def exposure_removed(free_running: float, refined: float, teacher_forced: float, refined_forced: float):
+    """1 - (refined - refined_forced) / (free-running - teacher-forced): the accumulated error that is gone.
+
+    refined_forced: the error after refining the teacher-forced output. So what a refiner does for tokens that
+    are wrong on the true prefix too does not count: (teacher-forced - refined_forced) / teacher-forced.
+    """
+    accumulated = free_running - teacher_forced
+    return 1 - (refined - refined_forced) / accumulated if accumulated > 0 else math.nan
 
 
 def expected_embedding(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -227,12 +271,13 @@ class RelativeBias(nn.Module):
         y, x = torch.arange(1 - h, h)[:, None], torch.arange(1 - w, w)
         nearest = (y * y + x * x).flatten().argsort(stable=True)[h * w > 1 :]  # without its own place
         self.table.data[range(heads), nearest[torch.arange(heads) % len(nearest)]] = 5.0
-        row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)  # (N,) each
-        y, x = row - row[:, None], column - column[:, None]  # (N, N): from query t to key s
-        self.register_buffer("place", (y + h - 1) * (2 * w - 1) + x + w - 1, persistent=False)  # (N, N)
+        self.grid = grid
 
     def forward(self) -> torch.Tensor:
-        return F.embedding(self.place, self.table.T).permute(2, 0, 1).contiguous()  # (H, N, N)
+        h, w = self.grid
+        table = self.table.unflatten(1, (2 * h - 1, 2 * w - 1))
+        seen = table.unfold(1, h, 1).unfold(2, w, 1)  # (H, h, w, h, w), the last query's window first
+        return seen.flip(1, 2).flatten(3, 4).flatten(1, 2)  # (H, N, N)
 
 
 class Attention(nn.Module):
@@ -353,7 +398,7 @@ class GPT(nn.Module):
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., C) -> logits (..., V), in float32: rounded ones often tie for the top."""
         with torch.autocast(states.device.type, enabled=False):
-            return self.head(states.float())
+            return F.linear(states.float(), self.head.weight.float())
 
     @torch.no_grad()
     def replay(self, prompt: torch.Tensor, tokens: torch.Tensor | None = None) -> Rollout:
@@ -373,7 +418,7 @@ class GPT(nn.Module):
         """Continue prompts (B, P) by num_tokens tokens each, free-running, with a KV cache -> Rollout.
 
         temperature 0 is greedy; otherwise tokens are drawn (see `sample`). The cache lives in this call only.
-        Raises ValueError if the whole is longer than the model's sentences.
+        Raises ValueError if the whole is longer than the model's sentences, or states are not finite.
         """
         B, P = prompt.shape
         if P + num_tokens > self.max_tokens:
@@ -394,7 +439,9 @@ class GPT(nn.Module):
             tokens.append(sample(self.logits(state[:, 0]), temperature, top_k, top_p, generator))  # (B,)
             if t + 1 < num_tokens:
                 state = self.hidden(tokens[-1][:, None], cache, start=P + 1 + t)  # (B, 1, C)
-        return Rollout(torch.stack(tokens, dim=1), torch.cat(states, dim=1), query)
+        states = torch.cat(states, dim=1)
+        require_finite(states, query=query)
+        return Rollout(torch.stack(tokens, dim=1), states, query)
 
 
 def sample(logits, temperature: float, top_k: int, top_p: float, generator=None) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """The evidence: is it self-refinement? One file a question; `python -m studies NAME` answers it.
 
+    rollout      is the rollout used, or is the prompt enough?
+    window       is it global: how far does a refiner have to see?
+    choice       when is the written image needed?
     main         is it worth more than what else could be done?        every method, every control
     positions    does the error build up, and is that taken back?      the paper's Figure 2
     lora         which setting of LoRA is a fair control?

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import runtime
 import train_refiner
 from runtime import UserError
 from studies import runner
 
 NAMES = (
-    "main", "positions", "lora", "demos", "backbones", "data", "size", "reading", "passes", "loss", "probe",
-    "generalize", "speed", "adversarial",
+    "rollout", "window", "choice", "main", "positions", "lora", "demos", "backbones", "data", "size",
+    "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
 
@@ -63,7 +64,10 @@ def read_cells(path: Path, config: dict) -> list:
         made_with, cells = content["config"], content["cells"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a result of a study; move it away or give another --out") from None
-    runtime.check_config(path, made_with, config, "move the file away to start again")
+    again = "move the file away to start again"
+    if made_with.get("dtype") != config["dtype"]:
+        again = f"go on with --dtype {made_with.get('dtype')}"
+    runtime.check_config(path, made_with, config, again)
     return cells
 
 
@@ -116,6 +120,10 @@ def main():
     made_with = {"dtype": str(dtype).removeprefix("torch.")}
     made_with |= {name: asdict(part) for name, part in config.items()}
 
+    if config["data"].data.startswith("folder:"):  # its pictures are its identity, not its path
+        made_with["pictures"] = data.Sentences(config["data"]).fingerprint
+        made_with["data"]["data"] = "folder:"
+
     def config_of(name: str) -> dict:
         return {**made_with, "machine": machine(device)} if name == "speed" else made_with
 
@@ -130,18 +138,19 @@ def main():
             raise UserError(f"{name}: reads what `{command}` has measured; run that first")
         todo += [(name, cell) for cell in missing_cells(name, kept, args.seeds)]
 
-    minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=minutes, unit="min", desc="studies", bar_format=layout) as bar:
-        for name, cell in todo:
-            bar.set_postfix_str(f"{name} {cell}", refresh=True)
-            folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
-            with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
-                result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
-            others = [kept for kept in cells_of(name) if kept["cell"] != cell]
-            save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
-            shutil.rmtree(folder, ignore_errors=True)
-            bar.update(STUDIES[name].MINUTES)
+    with runtime.locked(work, "--work"):
+        minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        with tqdm(total=minutes, unit="min", desc="studies", bar_format=layout) as bar:
+            for name, cell in todo:
+                bar.set_postfix_str(f"{name} {cell}", refresh=True)
+                folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
+                with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
+                    result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
+                others = [kept for kept in cells_of(name) if kept["cell"] != cell]
+                save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
+                shutil.rmtree(folder, ignore_errors=True)
+                bar.update(STUDIES[name].MINUTES)
 
     for name in chosen:
         study, cells = STUDIES[name], cells_of(name)

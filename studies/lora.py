@@ -41,11 +41,11 @@ class LoRA(nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int):
         super().__init__()
         inner = weight.shape[1]
-        self.A = nn.Parameter(torch.randn(rank, inner, device=weight.device) / inner**0.5)
+        self.A = nn.Parameter(torch.randn(rank, inner, device=weight.device) / inner**0.5)  # in float32
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.B @ self.A
+        return weight + (self.B @ self.A).to(weight.dtype)
 
 
 def add_lora(model: nn.Module, rank: int) -> list[nn.Parameter]:

@@ -1,7 +1,8 @@
 """Statistics, tables and figures that the studies share.
 
-A *cell* is what a study's `run` gave for one seed and one setting; cell["cell"] names both.
-Spread over seeds is a standard deviation. `interval` is a bootstrap over sentences.
+A *cell* is what a study's `run` gave for one seed and one setting; cell["cell"] names both. Seeds are
+the unit: whatever is compared is compared within a seed, and `estimate` is the mean over seeds with a t
+interval. Errors under the codebooks of different seeds are not pooled, shares and differences are.
 """
 
 import math
@@ -31,6 +32,25 @@ def mean_sd(values: list, digits: int = 3) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {sd(values):.{digits}f}"
 
 
+# Quantiles of Student's t, 0.975, by degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t_interval(values: list) -> tuple[float, float]:
+    """95 % interval of the mean of independent values, one a seed (up to 10); NaN for a single one."""
+    if len(values) == 1:
+        return math.nan, math.nan
+    mean, half = statistics.fmean(values), T[len(values) - 2] * sd(values) / len(values) ** 0.5
+    return mean - half, mean + half
+
+
+def estimate(values: list, digits: int = 2) -> str:
+    """`0.81 (0.75 to 0.87)`: mean over seeds and its t interval; the value alone for one seed."""
+    mean, (low, high) = statistics.fmean(values), t_interval(values)
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def interval(differences: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of paired differences (n,): sentences drawn with replacement."""
     generator = torch.Generator().manual_seed(0)
@@ -49,10 +69,27 @@ def gaps(cells: list, method: str, group: str) -> list:
     return [evaluate.gap_closed(cell["scores"], method, group) for cell in cells]
 
 
+def exposures(cells: list, method: str, group: str) -> list:
+    """The part of the exposure error that a method removes, in each cell."""
+    return [evaluate.exposure_removed(cell["scores"], method, group) for cell in cells]
+
+
+def base_removed(cells: list, method: str, group: str) -> list:
+    """The part of the teacher-forced error that a method removes from the teacher-forced output."""
+    rows = ("teacher_forced", method + evaluate.OF_FORCED)
+    both = zip(*(values_of(cells, row, group, "cosine_error") for row in rows), strict=True)
+    return [share(before - after, before) for before, after in both]
+
+
+def gained(cells: list, method: str, group: str, measure: str) -> list:
+    """By how much a measure is higher than under greedy decoding, in each cell."""
+    own, greedy = (values_of(cells, name, group, measure) for name in (method, "ar_greedy"))
+    return [a - b for a, b in zip(own, greedy, strict=True)]
+
+
 def psnr_gains(cells: list, method: str, group: str) -> list:
     """By how many dB a method's images are better than those of greedy decoding, in each cell."""
-    own, greedy = (values_of(cells, name, group, "psnr") for name in (method, "ar_greedy"))
-    return [a - b for a, b in zip(own, greedy, strict=True)]
+    return gained(cells, method, group, "psnr")
 
 
 def by_setting(cells: list, field: str) -> dict:
@@ -78,6 +115,30 @@ def gap_table(cells: list, methods, title: str) -> str:
         row.append(mean_sd(values_of(cells, method, "all", "token_accuracy")))
         row.append(mean_sd(psnr_gains(cells, method, "all"), 2))
         lines.append(f"{method:34}" + "".join(f"{text:>18}" for text in row))
+    return "\n".join(lines)
+
+
+MEASURES = {
+    "gap closed": gaps,
+    "exposure removed": exposures,
+    "base error removed": base_removed,
+    "tokens right, gained": lambda *which: gained(*which, "token_accuracy"),
+    "dB gained": lambda *which: gained(*which, "psnr"),
+}
+
+
+def measures_table(cells: list, methods, groups=("all",)) -> str:
+    """All measures of what repairs, for each method and group: means over seeds, with t intervals."""
+    width = max(map(len, methods)) + 2
+    lines = [f"mean over {len(cells)} seeds, with a 95 % t interval; what is gained is over greedy decoding"]
+    for group in groups:
+        lines += ["", f"{group:{width}}" + "".join(f"{name:>26}" for name in MEASURES)]
+        for method in methods:
+            row = [
+                estimate(values(cells, method, group), 3 if name.startswith("tokens") else 2)
+                for name, values in MEASURES.items()
+            ]
+            lines.append(f"{method:{width}}" + "".join(f"{text:>26}" for text in row))
     return "\n".join(lines)
 
 
@@ -141,6 +202,29 @@ def log_x(axis, x: list) -> None:
 
 def legend(axis) -> None:
     axis.legend(fontsize=8, frameon=False)
+
+
+def plot_stacked(path, cells: list, methods) -> None:
+    """What remains of the greedy error: made on the true prefix too (base), or behind mistakes only."""
+    rows = {"ar_greedy": "teacher_forced", **{method: method + evaluate.OF_FORCED for method in methods}}
+    figure = new_figure(len(GROUPS), 3.6, 0.8 + 0.35 * len(rows))
+    for axis, group in zip(figure.axes, GROUPS, strict=True):
+        place, left = list(range(len(rows)))[::-1], [0.0] * len(rows)
+        whole = values_of(cells, "ar_greedy", group, "cosine_error")
+
+        def part(row, group=group, whole=whole):
+            values = values_of(cells, row, group, "cosine_error")
+            return statistics.fmean(share(a, b) for a, b in zip(values, whole, strict=True))
+
+        base, total = [part(row) for row in rows.values()], [part(row) for row in rows]
+        exposure = [a - b for a, b in zip(total, base, strict=True)]
+        for name, values, colour in (("base", base, "#8d99ae"), ("exposure", exposure, "#d1495b")):
+            axis.barh(place, values, left=left, color=colour, height=0.7, label=name)
+            left = base
+        axis.set_yticks(place, rows if axis is figure.axes[0] else [""] * len(rows), fontsize=8)
+        axis.set(title=group, xlabel="share of greedy decoding's error", xlim=(0, None))
+    legend(figure.axes[-1])
+    save(figure, path)
 
 
 def plot_settings(path, cells: list) -> None:

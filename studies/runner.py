@@ -35,6 +35,7 @@ class StudyConfig:
     longer_steps: Annotated[int, "further steps of pretraining; at least that time"] = 2000
     samples: Annotated[int, "n of best_of_n"] = 8
     steps: Annotated[int, "steps of each refiner in data, size, reading, loss, generalize"] = 1000
+    window_steps: Annotated[int, "steps of each refiner in window"] = 600
     rollouts: Annotated[int, "rollouts of each backbone in backbones", (1, 10**9)] = 8192
     probed: Annotated[int, "sentences in probe", (2, 10**9)] = 256
     rounds: Annotated[int, "rounds of each timing in speed"] = 5
@@ -47,6 +48,7 @@ SMOKE = {
     "longer_steps": 4,
     "samples": 2,
     "steps": 8,
+    "window_steps": 4,
     "rollouts": 64,
     "probed": 16,
     "rounds": 1,
@@ -98,20 +100,22 @@ def count(model: nn.Module) -> int:
 # Models and rollouts
 
 
-def models_of(setup: Setup, seed: int, readings=(), label="base", changes=None, test_data=None) -> SeedModels:
+def models_of(
+    setup: Setup, seed: int, readings=(), label="base", changes=None, test_data=None, make=data.Sentences
+) -> SeedModels:
     """Train what is missing of a seed's models, and make its test sentences.
 
     readings: of the refiners to train with the default configuration. changes: {component: {field:
     value}}, with a label of their own for the folder. test_data: a DataConfig for the test sentences, if
-    they are not those of the training.
+    they are not those of the training. make: a class of sentences, of (DataConfig, seed).
     """
     changes = changes or {}
     config = {name: replace(part, **changes.get(name, {})) for name, part in setup.config.items()}
-    sentences = data.Sentences(config["data"], seed)
+    sentences = make(config["data"], seed)
     folder = setup.work / f"{label}-{seed}"
     trained = train_refiner.train_models(folder, config, readings, sentences, setup.device, setup.dtype, seed)
     if test_data is not None:
-        sentences = data.Sentences(test_data, seed)
+        sentences = make(test_data, seed)
     total = config["data"].eval_sentences
     images, task = data.joined(sentences.batches("test", total))
     tokens = evaluate.encode_sentences(
@@ -149,6 +153,19 @@ def generate_all(setup: Setup, backbone, tokens, temperature: float = 0.0, gener
     return Rollout(torch.cat(written), torch.cat(states), torch.cat(query))
 
 
+@torch.no_grad()
+def force_all(setup: Setup, backbone, tokens) -> Rollout:
+    """The teacher-forced output for the last images of sentences (S, 2K+2, N), with states, on the CPU."""
+    parts = []
+    for part in tokens.split(64):
+        part = part.long().to(setup.device)
+        with setup.autocast:
+            forced = backbone.replay(part[:, :-1].flatten(1), part[:, -1])
+            written = backbone.logits(forced.states).argmax(-1)
+        parts.append((written.cpu(), forced.states.bfloat16().cpu(), forced.query.bfloat16().cpu()))
+    return Rollout(*map(torch.cat, zip(*parts, strict=True)))
+
+
 # Refiners
 
 
@@ -168,6 +185,7 @@ def fit(
     rollouts = {**rollouts, "train": part_of(rollouts["train"], rows)}
     targets = {**targets, "train": targets["train"][rows]}
     made_with = {"refiner": asdict(config), "reads": "+".join(reads), "rollouts": len(targets["train"])}
+    made_with["backbone"] = runtime.fingerprint(models.trained.backbone.state_dict())
     began = time.perf_counter()
     refiner, log = train_refiner.train_refiner(
         config, reads, models.codebook, models.grid, rollouts, targets, setup.device, setup.dtype, seed,
@@ -222,10 +240,27 @@ def score(setup: Setup, models: SeedModels, written: dict) -> dict:
 
 
 def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int) -> dict:
-    """Scores of the backbone, and of refiners {name: refiner} over its greedy rollouts."""
+    """Scores of the backbone, and of refiners {name: refiner} over its greedy and teacher-forced output."""
     tokenizer, backbone, tokens = models.trained.tokenizer, models.trained.backbone, models.test["tokens"]
     written = evaluate.decode_methods(tokenizer, backbone, {}, tokens, setup.autocast, seed)
-    rollout = generate_all(setup, backbone, tokens)
+    rollout, forced = generate_all(setup, backbone, tokens), force_all(setup, backbone, tokens)
     for name, refiner in refiners.items():
         written[name] = refine_all(setup, models, refiner, rollout)
-    return score(setup, models, written)
+        written[name + evaluate.OF_FORCED] = refine_all(setup, models, refiner, forced)
+    return {**score(setup, models, written), "agreement": agreement(written, models.test)}
+
+
+def agreement(written: dict, test: dict) -> dict:
+    """How many tokens are right under greedy decoding, under a method, and under `parallel`, if it is there.
+
+    {method: {task: [[[n, n], [n, n]], [[n, n], [n, n]]]}}, indexed by right (1) or wrong (0) of the three.
+    """
+    truth, result = test["tokens"][:, -1].long(), {}
+    for method in written if "parallel" in written else ():
+        if evaluate.has_gap(method):
+            three = (written[name].long() == truth for name in ("ar_greedy", method, "parallel"))
+            case = sum(4 // 2**i * right.long() for i, right in enumerate(three))  # (S, N), 0 to 7
+            by_task = {task: case[test["task"] == i] for i, task in enumerate(data.TASKS)}
+            counts = {task: torch.bincount(x.flatten(), minlength=8) for task, x in by_task.items()}
+            result[method] = {task: n.view(2, 2, 2).tolist() for task, n in counts.items()}
+    return result

@@ -1,8 +1,12 @@
 """Datasets, tasks, and folders of images."""
 
+import shutil
+import struct
+
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data
 from data import DataConfig, Sentences
@@ -230,14 +234,31 @@ def test_exif_rotation_is_undone_and_the_centre_is_kept(tmp_path):
     assert (plain[:, :, -1] == -1).all()
 
 
-def test_unreadable_files_in_a_folder_are_named_and_skipped(photos, capsys):
-    (photos / "broken.png").write_bytes(b"not a picture")
-    (photos / "notes.txt").write_text("no picture at all")
+def test_one_line_says_what_a_folder_holds_and_what_is_left_out(photos, capsys):
+    for number in range(200):
+        (photos / f"._{number}.png").write_bytes(b"what macOS writes beside a file")
+    for name in (".Trash-0", ".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN"):
+        (photos / name).mkdir()
+        Image.new("RGB", (20, 20), "red").save(photos / name / "thrown_away.png")
+    for name in ("broken.png", "broken too.jpg", "empty.webp"):
+        (photos / name).write_bytes(b"not a picture" * (name != "empty.webp"))
+    for name in ("a.heic", "b.HEIC", "notes.txt", "LICENSE"):
+        (photos / name).write_text("")
+    first = min(photos.rglob("*.png"))
+    for number in range(3):
+        (photos / f"copy {number}.png").write_bytes(first.read_bytes())
     found = data.load_folder(str(photos), 16)
-    errors = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    line = printed.out.splitlines()
+    counts = ", ".join(f"{len(found[split])} {split}" for split in data.SPLITS)
     assert sum(len(images) for images in found.values()) == 150
-    assert len(errors) == 1
-    assert str(photos / "broken.png") in errors[0]
+    assert len(line) == 1
+    assert line[0].startswith(f"folder:{photos}: {counts} images; left out: ")
+    for part in ("200 hidden", "3 copies", "2 .heic", "1 .txt", "1 without ending", "3 unreadable (first: "):
+        assert part in line[0]
+    assert f"(first: {photos / 'broken too.jpg'}: cannot be read" in line[0]
+    assert "thrown_away" not in line[0]
+    assert not [text for text in printed.err.splitlines() if "read photos" not in text]
 
 
 def test_copies_in_a_folder_count_once(photos):
@@ -268,6 +289,163 @@ def test_given_split_folders_are_respected(tmp_path):
         assert found[split][:, 0, 0, 0].tolist() == [60 * level + i for i in range(5)]
 
 
+def write_splits(folder, names, number: int = 4):
+    """`number` pictures in each folder, of another grey for each of `names`: 60 * place + i."""
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(number):
+            Image.new("L", (16, 16), 60 * level + i).save(folder / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "validation", "test"),
+        ("Train", "VAL", "Testing"),
+        ("training_set", "dev_set", "test_set"),
+        ("train2017", "val2017", "test2017"),
+        ("trainA", "valid", "testA"),
+        ("cats/train", "cats/val", "cats/test"),
+    ],
+    ids="-".join,
+)
+def test_usual_spellings_of_splits_are_understood(tmp_path, names):
+    write_splits(tmp_path, names)
+    found = data.load_folder(str(tmp_path), 16)
+    for level, split in enumerate(data.SPLITS):
+        assert found[split][:, 0, 0, 0].tolist() == [60 * level + i for i in range(4)]
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "validation"), ("test",), ("cats/train",)])
+def test_incomplete_splits_are_refused_and_not_mixed(tmp_path, names):
+    write_splits(tmp_path, names, 20)
+    write_splits(tmp_path, ["others"], 20)
+    with pytest.raises(UserError, match=r"has folders for .* alone; add .* mixed$"):
+        data.load_folder(str(tmp_path), 16)
+
+
+def test_folders_whose_names_only_begin_like_a_splits_are_no_splits(photos):
+    (photos / "0").rename(photos / "trains and planes")
+    (photos / "1").rename(photos / "valley")
+    assert sum(len(images) for images in data.load_folder(str(photos), 16).values()) == 150
+
+
+def test_what_lies_beside_the_splits_is_named_and_a_held_out_copy_is_not_trained_on(tmp_path, capsys):
+    write_splits(tmp_path, data.SPLITS, 6)
+    write_splits(tmp_path, ["extra"], 3)
+    Image.new("L", (16, 16), 200).save(tmp_path / "lonely.png")
+    Image.new("L", (16, 16), 120).save(tmp_path / "train" / "copy of a test picture.png")
+    found = data.load_folder(str(tmp_path), 16)
+    assert [len(found[split]) for split in data.SPLITS] == [6, 6, 6]
+    assert 120 not in found["train"][:, 0, 0, 0]
+    line = capsys.readouterr().out
+    assert f"4 beside the splits (first: {tmp_path / 'extra' / '0.png'})" in line
+    assert "1 copies" in line
+
+
+def test_links_to_folders_are_followed_and_never_in_a_circle(photos, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "link").symlink_to(photos / "0", target_is_directory=True)
+    (tmp_path / "linked" / "again").symlink_to(photos / "0", target_is_directory=True)
+    (tmp_path / "linked" / "one.png").symlink_to(next((photos / "1").iterdir()))
+    (tmp_path / "linked" / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    (photos / "0" / "circle").symlink_to(tmp_path / "linked", target_is_directory=True)
+    (tmp_path / "way in").symlink_to(tmp_path / "linked", target_is_directory=True)
+    for root in ("linked", "way in"):
+        files, _ = data.image_files(tmp_path / root)
+        assert sorted(path.name for path in files) == sorted(
+            [*(path.name for path in (photos / "0").glob("*.png")), "one.png", "nowhere.png"]
+        )
+
+
+def test_many_copies_of_one_picture_are_said_to_be_copies(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (16, 16), "green").save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match=r"too few different images \(.*left out: 29 copies\)"):
+        data.load_folder(str(tmp_path), 16)
+
+
+def test_a_folder_of_other_files_says_which(tmp_path):
+    (tmp_path / "photo.heic").write_text("")
+    with pytest.raises(UserError, match=r"no image files .*1 \.heic"):
+        data.load_folder(str(tmp_path), 16)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tif", "png", "webp"])
+@pytest.mark.parametrize("tag", [0x0128, 0x9003, 0x8769, 0x0131])
+def test_a_tag_that_is_damaged_is_no_reason_to_refuse_a_picture(tmp_path, ending, tag):
+    picture, exif = Image.new("RGB", (32, 16), "black"), Image.Exif()
+    picture.paste("white", (0, 0, 16, 16))
+    exif[0x0112], exif[tag] = 6, "inches" if tag != 0x8769 else 7
+    path = tmp_path / f"turned.{ending}"
+    try:
+        picture.save(path, exif=exif, lossless=True)
+    except Exception as error:
+        pytest.skip(f"Pillow does not write it ({error})")
+    image = data.load_image(path, 16)
+    assert image[:, 0].mean() > 0.9
+    assert image[:, -1].mean() < -0.9
+
+
+def test_every_orientation_is_turned_upright(tmp_path):
+    picture = Image.new("L", (48, 48))
+    picture.paste(255, (0, 0, 24, 12))  # a bar at the upper left
+    upright = data.to_uint8(data.to_float(picture.resize((16, 16), Image.Resampling.BOX).convert("RGB")))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turns = {inverse: Image.Transpose(turn) for inverse, turn in data.TURNS.items()}
+        back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+        stored = picture if orientation == 1 else picture.transpose(back.get(orientation, turns[orientation]))
+        stored.save(tmp_path / f"{orientation}.png", exif=exif)
+        assert torch.equal(data.to_uint8(data.load_image(tmp_path / f"{orientation}.png", 16)), upright)
+
+
+def tiff(path, values, bits: int, *, kind: int = 1, top: int | None = None):
+    """Write a grey TIFF of one strip by hand: `values` are the bytes of 16 x 16 numbers."""
+    entries = [(256, 3, 16), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 200)]
+    entries += [(277, 3, 1), (278, 3, 16), (279, 4, len(values))]
+    entries += [(281, 3, top)] if top else []
+    entries += [(339, 3, kind)]
+    block = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + block + struct.pack("<I", 0)
+    path.write_bytes(head.ljust(200, b"\0") + values)
+
+
+def test_numbers_of_other_depths_are_scaled_by_what_the_file_says(tmp_path):
+    half = {12: 0x7FF, 16: 0x7FFF}
+    packed = bytes([half[12] >> 4, (half[12] & 15) << 4 | half[12] >> 8, half[12] & 255])  # two numbers
+    tiff(tmp_path / "12.tif", packed * 128, 12)
+    tiff(tmp_path / "16.tif", struct.pack("<H", half[16]) * 256, 16)
+    tiff(tmp_path / "12 in 16.tif", struct.pack("<H", half[12]) * 256, 16, top=0xFFF)
+    Image.fromarray(np.full((16, 16), half[16], np.uint16)).save(tmp_path / "16.png")
+    for name in ("12.tif", "16.tif", "12 in 16.tif", "16.png"):
+        pixels = data.to_uint8(data.load_image(tmp_path / name, 16))
+        assert (pixels.int() - 127).abs().max() <= 1, name
+    Image.fromarray(np.array([[0, 255, 256, 65535]] * 4, np.uint16)).save(tmp_path / "steps.png")
+    steps = data.to_uint8(data.load_image(tmp_path / "steps.png", 4))[0, 0]
+    assert steps.tolist() == [0, 1, 1, 255]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "name"), [(2, 16, "signed"), (1, 32, "whole"), (3, 32, "floating-point")]
+)
+def test_numbers_without_a_range_are_named(tmp_path, kind, bits, name):
+    tiff(tmp_path / "x.tif", bytes(256 * bits // 8), bits, kind=kind)
+    with pytest.raises(UserError, match=rf"x\.tif: .*{name} numbers of {bits} bits"):
+        data.load_image(tmp_path / "x.tif", 16)
+
+
+def test_large_photographs_are_read_at_the_size_that_is_needed(tmp_path, monkeypatch):
+    Image.linear_gradient("L").resize((1600, 1200)).convert("RGB").save(tmp_path / "large.jpg")
+    loaded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: loaded.append(image.size) or load(image))
+    small = data.load_image(tmp_path / "large.jpg", 16)
+    assert max(max(size) for size in loaded) <= 400
+    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
+    assert (data.load_image(tmp_path / "large.jpg", 16) - small).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("files", [None, 0, 3])
 def test_a_missing_empty_or_too_small_folder_is_an_error(tmp_path, files):
     folder = tmp_path / "photos"
@@ -290,14 +468,18 @@ def test_no_scene_comes_twice_in_a_sentence_from_a_folder(tmp_path):
         assert sorted(levels) == [60, 69, 78, 87]
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_unknown_range_are_named_not_clipped(tmp_path, mode):
-    Image.new(mode, (16, 16)).save(tmp_path / "picture.tif")
-    with pytest.raises(UserError, match=r"picture\.tif: .*8 or 16"):
-        data.load_image(tmp_path / "picture.tif", 16)
-
-
 def test_contact_sheets(command, tmp_path):
     result = command(data, "--out", tmp_path, "--data", "shapes")
     assert result.status == 0
     assert Image.open(tmp_path / "shapes.png").width > 100
+
+
+def test_contact_sheets_of_folders_have_names_of_their_own(command, photos, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    shutil.copytree(photos, tmp_path / "other" / "photos")
+    monkeypatch.chdir(photos)
+    names = ["folder:.", f"folder:{photos}/", f"folder:{tmp_path}/other/photos"]
+    result = command(data, "--out", tmp_path / "sheets", "--image-size", 16, "--data", *names)
+    assert result.status == 0, result.err
+    written = sorted(path.name for path in (tmp_path / "sheets").iterdir())
+    assert written == ["photos-2.png", "photos-3.png", "photos.png"]

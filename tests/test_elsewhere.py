@@ -138,3 +138,45 @@ def test_what_is_not_read_need_not_be_there(reads):
     assert log["val_loss"][-1] < log["val_loss"][0]
     assert refiner.reads == reads
     assert vsr.refine(refiner, codebook, *write(prompts))[0].shape == prompts.shape
+
+
+def writes(tokens=lambda y: y, states=lambda x: x):
+    """A `write` whose tokens and states are changed by a mistake."""
+    table = torch.randn(V, 8, generator=torch.Generator().manual_seed(0))
+    return lambda prompts: vsr.Rollout(tokens(prompts[:, -N:]), states(table[prompts[:, -N:]]))
+
+
+def overflow(states):
+    states = states.clone()
+    states[-1, 2, 3] = torch.inf
+    return states
+
+
+@pytest.mark.parametrize(
+    ("write", "line"),
+    [
+        (writes(states=lambda x: x[:, -1:]), r"states \(\d, 1, 8\): this refiner expects \(\d, 16, 8\)"),
+        (writes(states=lambda x: x[:, :, :4].repeat(1, 2, 1)), r"states \(\d, 32, 4\)"),
+        (writes(states=overflow), "not finite: states"),
+        (writes(tokens=lambda y: y - 1), "outside 0 to 63"),
+        (writes(tokens=lambda y: y[:, -1:]), "expected"),
+    ],
+    ids=["the last state only", "another number of places", "an overflow", "-1", "the last token only"],
+)
+def test_what_a_model_from_elsewhere_gets_wrong_is_named(write, line):
+    with pytest.raises(ValueError, match=line):
+        train_refiner.refiner_for(write, ZEROS, ZEROS[:, :N], torch.randn(V, 8), GRID, config=CONFIG)
+
+
+def test_what_it_reads_is_a_set_of_names():
+    with pytest.raises(ValueError, match="expected one or more of"):
+        train_refiner.refiner_for(toy_write, ZEROS, ZEROS[:, :N], torch.randn(V, 8), GRID, "tokens", CONFIG)
+
+
+def test_states_in_half_precision_and_tokens_in_a_byte_are_taken():
+    half = writes(tokens=lambda y: y.to(torch.uint8), states=lambda x: x.half())
+    config = vsr.RefinerConfig(layers=1, heads=2, width=16, steps=3, batch_size=4)
+    arguments = ZEROS, ZEROS[:, :N], torch.randn(V, 8).half(), GRID
+    refiner, log = train_refiner.refiner_for(half, *arguments, config=config)
+    assert log["val_loss"][-1] <= log["val_loss"][0]
+    assert vsr.refine(refiner, arguments[2], *half(ZEROS))[0].shape == (8, N)

@@ -53,3 +53,17 @@ def test_a_merged_lora_is_an_ordinary_model_with_the_same_logits(gpt, tokens):
     change = model.blocks[0].mlp[0].weight - gpt.blocks[0].mlp[0].weight
     assert torch.linalg.matrix_rank(change) == 2
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_works_on_a_backbone_of_another_floating_type(gpt, tokens, dtype, when):
+    if when == "before":
+        gpt.to(dtype)
+    for adapter in lora.add_lora(gpt, rank=2):
+        torch.nn.init.normal_(adapter, std=0.02)
+    gpt.to(dtype)
+    logits = gpt(tokens)
+    lora.merge_lora(gpt)
+    assert torch.allclose(gpt(tokens).float(), logits.float(), atol=0.05)
+    assert gpt.generate(tokens[:, :-N], N).tokens.shape == (2, N)

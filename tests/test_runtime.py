@@ -3,16 +3,21 @@
 import argparse
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import runtime
 import train_refiner
 from runtime import UserError
 
+ROOT = Path(__file__).parent.parent
 FIELDS = [
     pytest.param(part, name, kind, *(limits or [(int(kind is int), math.inf)]), id=f"{part} {name}")
     for part, config_class in train_refiner.CONFIGS.items()
@@ -118,3 +123,81 @@ def test_a_bad_checkpoint_is_named_and_its_code_is_not_run(tmp_path, kind):
     if kind == "plain pickle":
         pickle.loads(path.read_bytes())
         assert touched.exists(), "the attack itself must work, or this test shows nothing"
+
+
+# Weights that belong together, folders in use, precision
+
+
+def test_a_fingerprint_is_that_of_the_values():
+    weights = {"a": torch.randn(3, 4), "count": torch.arange(3)}
+    name = runtime.fingerprint(weights)
+    assert name == runtime.fingerprint({key: weights[key].clone() for key in ("count", "a")})
+    assert name == runtime.fingerprint({**weights, "a": weights["a"].half()})
+    assert name == runtime.fingerprint({**weights, "a": weights["a"].T.contiguous().T})
+    for other in ({**weights, "a": weights["a"] * 1.01}, {**weights, "count": torch.arange(1, 4)}):
+        assert name != runtime.fingerprint(other)
+
+
+def test_a_folder_is_locked_for_others_and_free_again(tmp_path):
+    error = pytest.raises(UserError, match=r"--out .*another process")
+    with runtime.locked(tmp_path), error, runtime.locked(tmp_path):
+        pass
+    with runtime.locked(tmp_path):
+        pass
+
+
+def test_a_lock_of_a_killed_process_does_not_stand_in_the_way(tmp_path):
+    code = """if True:
+        import runtime, sys, time
+        with runtime.locked(sys.argv[1]):
+            print("locked", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="another process"), runtime.locked(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with runtime.locked(tmp_path):
+        pass
+
+
+def test_auto_goes_on_in_the_precision_of_a_run_that_was_begun(tmp_path, capsys):
+    device = torch.device("cpu")
+    here = runtime.pick_dtype("auto", device)
+    other = torch.bfloat16 if here == torch.float32 else torch.float32
+    assert runtime.pick_dtype("auto", device, tmp_path) == here
+    assert not capsys.readouterr().out
+    for dtype in (other, here):
+        runtime.save(tmp_path / "tokenizer.progress", {"config": {"run": {"dtype": str(dtype)[6:]}}})
+        assert runtime.pick_dtype("auto", device, tmp_path) == dtype
+        assert (f"--dtype {str(dtype)[6:]}" in capsys.readouterr().out) == (dtype == other)
+        assert runtime.pick_dtype("float32", device, tmp_path) == torch.float32
+
+
+def test_compilation_that_does_not_work_is_one_line(monkeypatch):
+    def compile(function):
+        raise RuntimeError("\nNo C++ compiler found\n" + "traceback\n" * 80)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(UserError) as error:
+        runtime.check_compile(torch.device("cpu"))
+    line = "--compile: torch.compile does not work here (No C++ compiler found); leave it out"
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_a_terminal_cannot_show_are_written_all_the_same(tmp_path, encoding):
+    for number, split in enumerate(("train", "val", "test")):
+        (tmp_path / "写真" / split).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (16, 16), 40 * number + 9 * i).save(tmp_path / "写真" / split / f"{i}.png")
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    flags = ["--image-size", "16", "--data", "folder:写真", "folder:нет"]
+    command = [sys.executable, ROOT / "data.py", *flags]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, encoding=encoding)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "no such folder" in result.stderr.splitlines()[-1]
+    assert "4 train, 4 val, 4 test" in result.stdout

@@ -65,7 +65,7 @@ def test_every_study_says_what_it_asks():
     for name, study in studies.STUDIES.items():
         text = " ".join(study.__doc__.split())
         assert "?" in text[:110], f"{name}: the question comes first"
-        assert "First edition: " in text
+        assert "First edition: " in text or "before it was run" in text
         assert study.MINUTES >= 0
         assert hasattr(study, "run") != hasattr(study, "CELLS_OF")
 
@@ -73,7 +73,7 @@ def test_every_study_says_what_it_asks():
 def test_main_holds_every_method_and_control(finished):
     result = result_of(finished.out, "main")
     (cell,) = result["cells"]
-    assert cell["scores"].keys() == set(main.ROWS)
+    assert cell["scores"].keys() >= set(main.ROWS)
     for method, errors in cell["by_sentence"].items():
         assert len(errors) == 24
         assert sum(errors) / 24 == pytest.approx(cell["scores"][method]["all"]["cosine_error"], abs=1e-4)

@@ -1,5 +1,6 @@
 """The tokenizer: quantization and its gradients, losses, revival, and reconstruction."""
 
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -180,7 +181,7 @@ def test_ssim():
     assert torch.allclose(vqgan.ssim(little, truth), vqgan.ssim(truth, little), atol=1e-6), "symmetric"
     # Two flat images: no structure to compare, so the luminance term alone
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
-    expected = (2 * 0.5 * -0.25 + 0.0004) / (0.5**2 + 0.25**2 + 0.0004)
+    expected = (2 * 0.75 * 0.375 + 0.0001) / (0.75**2 + 0.375**2 + 0.0001)  # on [0, 1], as it is published
     assert vqgan.ssim(a, b).item() == pytest.approx(expected, abs=1e-5)
     alone = vqgan.ssim(truth[:1], truth[1:])[0].item()
     assert vqgan.ssim(truth, truth.flip(0))[0] == pytest.approx(alone, abs=1e-6)
@@ -269,3 +270,30 @@ def test_score_tokenizer():
     assert scores["codes_used"] == 8
     assert scores["perplexity"] == pytest.approx(8, rel=1e-4)
     assert scores["edge_sharpness"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tokenizers_work_in_any_floating_type(model, dtype):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens, small = model.encode(images), copy.deepcopy(model).to(dtype)
+    assert (small.encode(images) == tokens).float().mean() > 0.8
+    assert torch.equal(small.encode(images.to(dtype)), small.encode(images))
+    assert torch.allclose(small.decode(tokens), model.decode(tokens), atol=0.1)
+    rebuilt, *_ = small(images)
+    assert rebuilt.dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_images_and_weights_that_are_not_finite_are_no_tokens(model, number):
+    images = torch.zeros(2, 3, 16, 16)
+    images[0, 0, 3, 3] = number
+    with pytest.raises(ValueError, match="not finite"):
+        model.encode(images)
+
+
+def test_a_tokenizer_decodes_tokens_of_any_integer_type_and_nothing_else(model):
+    tokens = torch.randint(model.config.codebook_size, (2, model.tokens_per_image))
+    assert torch.equal(model.decode(tokens.to(torch.uint8)), model.decode(tokens))
+    for wrong in (-1, model.config.codebook_size):
+        with pytest.raises(IndexError):
+            model.decode(torch.full_like(tokens, wrong))

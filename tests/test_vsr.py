@@ -354,8 +354,115 @@ def test_a_source_that_is_missing_or_has_another_size_is_named(codebook, reads):
             vsr.refine(refiner, codebook, **{**rollout, source: None})
         for positions in (1, N - 1, N + 1):
             wrong = {**rollout, source: torch.cat([rollout[source]] * 2, dim=1)[:, :positions]}
-            with pytest.raises(ValueError, match=rf"{source} .*grid is \(2, 3\)"):
+            with pytest.raises(ValueError, match=rf"{source} \(2, {positions}, .*expects \(2, {N}, "):
                 vsr.refine(refiner, codebook, **wrong)
+
+
+@all_readings
+def test_states_of_another_shape_are_not_broadcast(codebook, reads):
+    """(B, 1, C), the last state only, would be added to every place."""
+    refiner, given = make_refiner(reads), all_sources(3)
+    for source in reads:
+        right = given[NAMES[source]]
+        for wrong in (right[:, :1], right[:1], right[..., :1], right[0], right[None], right.mT):
+            with pytest.raises(ValueError, match=r"expects \(\d, 6, (5|16)\)"):
+                refiner(**{**given, NAMES[source]: wrong})
+
+
+def test_errors_and_losses_of_two_shapes_are_refused(codebook):
+    tokens = torch.zeros(3, N, dtype=torch.long)
+    for wrong in (tokens[:1], tokens[:, :1], tokens[0]):
+        with pytest.raises(ValueError, match="two shapes"):
+            vsr.cosine_error(tokens, wrong, codebook)
+        with pytest.raises(ValueError, match="two shapes"):
+            vsr.cosine_loss(codebook[tokens], codebook[wrong])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type_are_the_same_tokens(codebook, dtype):
+    tokens, refiner = torch.randint(V, (3, N)), make_refiner(("tokens",))
+    small = tokens.to(dtype)
+    assert torch.equal(vsr.refine(refiner, codebook, small)[1], vsr.refine(refiner, codebook, tokens)[1])
+    assert torch.equal(vsr.cosine_error(small, tokens, codebook), torch.zeros(3, N))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.full((2, N), -1), torch.full((2, N), V), torch.ones(2, N, dtype=torch.bool), torch.zeros(2, N)],
+    ids=["-1", "V", "a mask", "floats"],
+)
+def test_what_is_no_token_is_an_error(codebook, tokens):
+    with pytest.raises(ValueError, match=rf"tokens from .* expected integers from 0 to {V - 1}"):
+        vsr.refine(make_refiner(("tokens",)), codebook, tokens)
+    with pytest.raises(ValueError, match="tokens from"):
+        vsr.cosine_error(tokens, torch.zeros(2, N, dtype=torch.long), codebook)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("source", ["embeddings", "states", "query"])
+def test_a_number_that_is_none_is_named_and_not_refined(codebook, source, number):
+    refiner, given = make_refiner(("tokens", "states", "query")), all_sources(2)
+    given[source][1, 3, 2] = number
+    with pytest.raises(ValueError, match=f"not finite: {source}$"):
+        vsr.refine(refiner, codebook, **given)
+
+
+def test_weights_and_codes_that_are_not_finite_are_named(gpt, prompt, codebook):
+    refiner, tokens = make_refiner(("tokens",)), torch.zeros(2, N, dtype=torch.long)
+    with pytest.raises(ValueError, match="codebook"):
+        vsr.refine(refiner, torch.cat([codebook, torch.full((1, D), torch.inf)]), tokens)
+    with pytest.raises(ValueError, match="codebook"):
+        vsr.expected_embedding(torch.zeros(2, N, V), codebook * torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        vsr.expected_embedding(torch.full((2, N, V), torch.nan), codebook)
+    refiner.blocks[0].mlp[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weights"):
+        vsr.refine(refiner, codebook, tokens)
+    gpt.blocks[1].mlp[0].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        gpt.generate(prompt, N)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@all_readings
+def test_refiners_work_in_any_floating_type(codebook, reads, dtype):
+    refiner, given = make_refiner(reads), all_sources(2)
+    _, expected = vsr.refine(refiner, codebook, **given)
+    for sources in (given, {name: value.to(dtype) for name, value in given.items()}):
+        _, refined = vsr.refine(refiner.to(dtype), codebook.to(dtype), **sources)
+        assert F.cosine_similarity(refined.float(), expected, dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_backbones_work_in_any_floating_type(prompt, dtype):
+    model = GPT(GPTConfig(layers=2, heads=2, width=C), V, N, IMAGES).eval()
+    tokens, logits = torch.randint(V, (3, IMAGES * N)), None
+    for kind in (torch.float32, dtype):
+        model.to(kind)
+        rollout = model.generate(prompt, N)
+        replayed = model.replay(prompt, rollout.tokens)
+        assert torch.allclose(replayed.states.float(), rollout.states.float(), atol=0.1)
+        before, logits = logits, model(tokens).float()
+        assert model.logits(rollout.states).dtype == torch.float32
+    assert torch.allclose(before, logits, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: make_refiner(("tokens", "query")), lambda: GPT(GPTConfig(), V, N, 4)],
+    ids=["refiner", "gpt"],
+)
+def test_a_model_made_without_memory_computes_the_same_when_it_is_filled(prompt, make):
+    """All that a model computes with stands in its state, or is made when it is needed."""
+    model = make().eval()
+    with torch.device("meta"):
+        filled = make().eval()
+    filled.load_state_dict(model.state_dict(), assign=True)
+    if isinstance(model, Refiner):
+        given = all_sources(2)
+        assert torch.equal(model(**given), filled(**given))
+    else:
+        assert torch.equal(model(prompt), filled(prompt))
 
 
 def test_impossible_refiners_are_errors(codebook):
@@ -453,6 +560,16 @@ def test_a_gap_is_closed_only_where_there_is_one():
     assert math.isnan(vsr.gap_closed(0.1, 0.2, 0.1))
     better_alone = vsr.gap_closed(0.1, 0.2, 0.15)
     assert math.isnan(better_alone), "harm must not look like repair"
+
+
+@pytest.mark.parametrize(
+    ("refined", "refined_forced", "expected"),
+    [(0.5, 0.1, 0), (0.0, 0.0, 1), (0.05, 0.05, 1), (0.3, 0.1, 0.5), (0.7, 0.1, -0.5), (0.1, 0.02, 0.8)],
+)
+def test_exposure_removed(refined, refined_forced, expected):
+    """A refiner that changes nothing removes nothing; one that always gives the truth removes all."""
+    assert vsr.exposure_removed(0.5, refined, 0.1, refined_forced) == pytest.approx(expected)
+    assert math.isnan(vsr.exposure_removed(0.1, refined, 0.1, refined_forced))
 
 
 @pytest.mark.parametrize(("refined", "expected"), [(0.5, 0), (0.1, 1), (0.3, 0.5), (0.7, -0.5), (0.0, 1.25)])

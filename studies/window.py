@@ -1,0 +1,112 @@
+"""Is it global? How far a refiner has to see.
+
+Attention is masked to keys at most `radius` places away, across or down; parameters, data and steps stay the
+same. With three blocks a position sees at most three times that far. Heads start by looking at a neighbour,
+as in `vsr.RelativeBias`, or anywhere (biases from zero). Stated before it was run:
+
+    for global context      removing far keys costs accuracy: radius 3 or all is clearly better than radius 1
+    against it              radius 1 or 2 does as well as all: then it is a local smoothing
+
+On the default data, reading tokens and query; and, reading the written image alone, on scenes where a far
+place of the written image tells what belongs here (`studies/hues.py`, told): the light object has the hue
+that the dark object's shape tells, and stands at the other side. There far keys must help, if the refiner
+uses the written image as a whole at all.
+"""
+
+import functools
+
+import torch
+
+import vsr
+from studies import report
+from studies.hues import OneHue
+from studies.runner import READS, Setup, fit, models_of, replay, score_refiners
+
+MINUTES = 50
+DATA = {
+    "default": {"label": "base"},
+    "told": {
+        "label": "told",
+        "changes": {
+            "data": {"train_sentences": 10240},
+            "gpt": {"steps": 700},
+            "refiner": {"rollouts": 10240},
+        },
+        "make": functools.partial(OneHue, told=True),
+    },
+}
+SETTINGS = [{"kind": kind} for kind in DATA]
+RADII = (0, 1, 2, 3, None)  # None: all
+STARTS = ("neighbours", "anywhere")
+
+
+class WindowBias(vsr.RelativeBias):
+    """A relative bias that hides keys further than `radius` rows or columns away."""
+
+    def __init__(self, heads: int, grid: tuple[int, int], radius: int | None, start: str):
+        super().__init__(heads, grid)
+        self.radius = radius
+        if start == "anywhere":
+            torch.nn.init.zeros_(self.table)
+
+    def forward(self) -> torch.Tensor:
+        bias, (h, w) = super().forward(), self.grid
+        if self.radius is None:
+            return bias
+        place = torch.arange(h * w, device=bias.device)
+        row, column = place // w, place % w
+        across, down = (row - row[:, None]).abs(), (column - column[:, None]).abs()
+        return bias.masked_fill(torch.maximum(across, down) > self.radius, -torch.inf)
+
+
+class Windowed(vsr.Refiner):
+    """`vsr.Refiner` whose attention sees a window."""
+
+    def __init__(self, config, reads, grid, code_dim, state_dim=0, *, radius: int | None, start: str):
+        super().__init__(config, reads, grid, code_dim, state_dim)
+        for block in self.blocks:
+            block.attention.relative = WindowBias(config.heads, grid, radius, start)
+
+
+def name_of(radius: int | None, start: str) -> str:
+    return f"{'all' if radius is None else f'radius {radius}'}, from {start}"
+
+
+def run(setup: Setup, seed: int, kind: str) -> dict:
+    models = models_of(setup, seed, **DATA[kind])
+    rollouts, targets = replay(setup, models)
+    reads, rows, refiners = READS if kind == "default" else ("tokens",), slice(10240), {}
+    for start in STARTS:
+        for radius in RADII:
+            make = functools.partial(Windowed, radius=radius, start=start)
+            name, steps = name_of(radius, start), setup.config["study"].window_steps
+            options = {"rows": rows, "make": make, "steps": steps}
+            refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, reads, **options)
+    return score_refiners(setup, models, refiners, seed)
+
+
+NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
+
+
+def show(cells: list) -> str:
+    lines = []
+    for kind, group in report.by_setting(cells, "kind").items():
+        table = report.measures_table(group, NAMES, ("all",) if kind == "default" else ("colorize",))
+        lines += [f"{kind} data", table, ""]
+    return "\n".join(lines[:-1])
+
+
+def plot(path, cells: list) -> None:
+    groups = report.by_setting(cells, "kind")
+    figure = report.new_figure(2 * len(groups), 3.4)
+    for i, (kind, group) in enumerate(groups.items()):
+        task = "all" if kind == "default" else "colorize"
+        for axis, measure in zip(figure.axes[2 * i :], ("gap closed", "tokens right, gained"), strict=False):
+            for start, colour in zip(STARTS, ("#1d4e9e", "#edae49"), strict=True):
+                names = [name_of(radius, start) for radius in RADII]
+                values = [report.MEASURES[measure](group, name, task) for name in names]
+                report.curve(axis, list(range(len(RADII))), values, color=colour, label=f"from {start}")
+            axis.set_xticks(range(len(RADII)), ["all" if r is None else r for r in RADII])
+            axis.set(title=f"{kind} data", xlabel="radius of the window", ylabel=measure)
+    report.legend(figure.axes[0])
+    report.save(figure, path)
