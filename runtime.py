@@ -182,27 +182,40 @@ def check_writable(folder, flag: str = "--out") -> None:
     probe.unlink()
 
 
+class InUse(UserError):
+    """Another process works on a folder."""
+
+
 @contextlib.contextmanager
-def locked(folder, flag: str = "--out"):
-    """Keep other processes from working on `folder`; raises UserError if one does.
+def locked(folder, flag: str = "--out", wait: bool = False):
+    """Keep other processes from working on `folder`; if one does, raises InUse, or waits for its end.
 
     The operating system ends the lock with its process, however that ends.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: a disk that knows no locks
+        while not try_lock(file):
+            if not wait:
                 advice = f"another process is at work there; wait for it, or give another {flag}"
-                raise UserError(f"{flag} {folder}: {advice}") from None
+                raise InUse(f"{flag} {folder}: {advice}")
+            time.sleep(1)
         yield
+
+
+def try_lock(file) -> bool:
+    """Lock an open file until it is closed; False if another has locked it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a disk that knows no locks
+    return True
 
 
 def save(path, content: dict) -> None:

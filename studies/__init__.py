@@ -3,6 +3,7 @@
     rollout      is the rollout used, or is the prompt enough?
     window       is it global: how far does a refiner have to see?
     choice       when is the written image needed?
+    decoding     what can be had by decoding with more care?
     main         is it worth more than what else could be done?        every method, every control
     positions    does the error build up, and is that taken back?      the paper's Figure 2
     lora         which setting of LoRA is a fair control?

@@ -2,7 +2,8 @@
 
 For each study it runs the cells that are missing in results/NAME.json, and then writes its table
 and its picture. It can be stopped at any moment: finished cells are kept, and a cell goes on
-within its trainings.
+within its trainings. Started twice, side by side, the two share the cells (give each its own cores:
+OMP_NUM_THREADS); one that has nothing left to do shows what is there.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from runtime import UserError
 from studies import runner
 
 NAMES = (
-    "rollout", "window", "choice", "main", "positions", "lora", "demos", "backbones", "data", "size",
-    "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
+    "rollout", "window", "choice", "decoding", "main", "positions", "lora", "demos", "backbones", "data",
+    "size", "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
 
@@ -138,22 +139,28 @@ def main():
             raise UserError(f"{name}: reads what `{command}` has measured; run that first")
         todo += [(name, cell) for cell in missing_cells(name, kept, args.seeds)]
 
-    with runtime.locked(work, "--work"):
-        minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        with tqdm(total=minutes, unit="min", desc="studies", bar_format=layout) as bar:
-            for name, cell in todo:
-                bar.set_postfix_str(f"{name} {cell}", refresh=True)
-                folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
-                with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
-                    result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
-                others = [kept for kept in cells_of(name) if kept["cell"] != cell]
-                save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
+    minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=minutes, unit="min", desc="studies", bar_format=layout) as bar:
+        for name, cell in todo:
+            bar.set_postfix_str(f"{name} {cell}", refresh=True)
+            folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
+            with contextlib.suppress(runtime.InUse), runtime.locked(folder, "--work"):
+                if cell in missing_cells(
+                    name, cells_of(name), args.seeds
+                ):  # nobody else has made it meanwhile
+                    with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
+                        result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
+                    with runtime.locked(work, "--work", wait=True):
+                        others = [kept for kept in cells_of(name) if kept["cell"] != cell]
+                        save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
                 shutil.rmtree(folder, ignore_errors=True)
-                bar.update(STUDIES[name].MINUTES)
+            bar.update(STUDIES[name].MINUTES)
 
     for name in chosen:
         study, cells = STUDIES[name], cells_of(name)
+        if not cells:
+            continue  # another process is at its first one
         text = study.show(cells)
         more = study.numbers(cells) if hasattr(study, "numbers") else {}
         study.plot(out / f"{name}.png", cells)

@@ -113,7 +113,9 @@ def models_of(
     config = {name: replace(part, **changes.get(name, {})) for name, part in setup.config.items()}
     sentences = make(config["data"], seed)
     folder = setup.work / f"{label}-{seed}"
-    trained = train_refiner.train_models(folder, config, readings, sentences, setup.device, setup.dtype, seed)
+    with runtime.locked(folder, "--work", wait=True):
+        run = (setup.device, setup.dtype, seed)
+        trained = train_refiner.train_models(folder, config, readings, sentences, *run)
     if test_data is not None:
         sentences = make(test_data, seed)
     total = config["data"].eval_sentences
@@ -140,13 +142,13 @@ def part_of(rollout: Rollout, rows) -> Rollout:
 
 
 @torch.no_grad()
-def generate_all(setup: Setup, backbone, tokens, temperature: float = 0.0, generator=None) -> Rollout:
+def generate_all(setup: Setup, backbone, tokens, temperature=0.0, generator=None, top_p=1.0) -> Rollout:
     """Rollouts (S, N) of the last images of sentences (S, 2K+2, N), with states, on the CPU."""
     written, states, query = [], [], []
     for part in tokens.split(setup.config["refiner"].rollout_batch):
         prompt = part[:, :-1].flatten(1).long().to(setup.device)
         with setup.autocast:
-            rollout = backbone.generate(prompt, part.shape[2], temperature, generator=generator)
+            rollout = backbone.generate(prompt, part.shape[2], temperature, 0, top_p, generator)
         written.append(rollout.tokens.cpu())
         states.append(rollout.states.cpu())
         query.append(rollout.query.cpu())
@@ -239,10 +241,14 @@ def score(setup: Setup, models: SeedModels, written: dict) -> dict:
     return {"scores": scores, "by_sentence": by_sentence, "task": test["task"].tolist()}
 
 
-def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int) -> dict:
-    """Scores of the backbone, and of refiners {name: refiner} over its greedy and teacher-forced output."""
+def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int, others=None) -> dict:
+    """Scores of the backbone, and of refiners {name: refiner} over its greedy and teacher-forced output.
+
+    others: what more was written, {method: (S, N)}.
+    """
     tokenizer, backbone, tokens = models.trained.tokenizer, models.trained.backbone, models.test["tokens"]
     written = evaluate.decode_methods(tokenizer, backbone, {}, tokens, setup.autocast, seed)
+    written |= others or {}
     rollout, forced = generate_all(setup, backbone, tokens), force_all(setup, backbone, tokens)
     for name, refiner in refiners.items():
         written[name] = refine_all(setup, models, refiner, rollout)

@@ -117,6 +117,8 @@ def test_the_figures_of_the_readme_are_those_of_the_run():
     assert (
         f"closes {all_tasks}: {edges} on edges, {colorize} on colorization, {inpaint} on inpainting" in words
     )
+    removed = evaluate.exposure_removed(scores, "refined_tokens", "all")
+    assert f"removes {removed:.2f} of the exposure error" in words
     assert f"`expected_embedding`, closes {gap['expected_embedding'][0]}." in words
 
 

@@ -16,7 +16,23 @@ import runtime
 import train_refiner
 import vsr
 from studies import __main__ as studies
-from studies import backbones, demos, gpt2, lora, loss, main, probe, report, runner, speed, stages
+from studies import (
+    backbones,
+    choice,
+    demos,
+    gpt2,
+    hues,
+    lora,
+    loss,
+    main,
+    probe,
+    report,
+    rollout,
+    runner,
+    speed,
+    stages,
+    window,
+)
 from studies.textbook import TextbookGPT
 
 V, N, IMAGES = 11, 6, 4
@@ -409,3 +425,118 @@ def test_tables_of_a_study_are_of_all_its_seeds():
     text = studies.STUDIES["adversarial"].show(cells)
     assert f"{statistics.median([1, 2, 4]):.3f} (1.000 to 4.000)" in text
     assert "2.000 (1.000 to 8.000)" in text
+
+
+# Seeds as the unit
+
+
+def test_the_t_interval_is_students():
+    low, high = report.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low, high) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-3)
+    assert report.t_interval([2.0, 2.0, 2.0]) == (2, 2)
+    assert report.estimate([0.5, 0.7]) == "0.60 (-0.67 to 1.87)"
+    assert report.estimate([0.5]) == "0.50"
+
+
+def test_the_t_interval_covers_the_true_mean_19_times_in_20():
+    generator = random.Random(0)
+    for seeds in (2, 3, 5, 10):
+        covered = 0
+        for _ in range(2000):
+            low, high = report.t_interval([generator.gauss(1, 3) for _ in range(seeds)])
+            covered += low <= 1 <= high
+        assert 0.935 < covered / 2000 < 0.965
+
+
+def test_measures_are_differences_and_shares_within_a_seed():
+    def cell(scale):
+        errors = {
+            "ar_greedy": 0.5,
+            "ar_sampled": 0.9,
+            "teacher_forced": 0.2,
+            "x": 0.3,
+            "x of teacher_forced": 0.1,
+        }
+        both = {"token_accuracy": 0.8, "psnr": 20.0}
+        return {"scores": {m: {"all": {"cosine_error": scale * e, **both}} for m, e in errors.items()}}
+
+    cells = [cell(1), cell(0.1)]
+    expected = {"gap closed": 2 / 3, "exposure removed": 1 / 3, "base error removed": 0.5}
+    for name, values in report.MEASURES.items():
+        assert values(cells, "x", "all") == pytest.approx([expected.get(name, 0)] * 2)
+
+
+# The window, and what a corruption and a hue are
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, None])
+def test_a_window_hides_what_lies_further_away(radius):
+    grid, layers = (5, 5), 2
+    config = vsr.RefinerConfig(layers=layers, heads=2, width=16)
+    refiner = window.Windowed(config, ("tokens",), grid, 8, radius=radius, start="anywhere").eval()
+    torch.nn.init.normal_(refiner.to_code.weight)
+    embeddings = torch.randn(1, 25, 8)
+    before, middle = refiner(embeddings), 12
+    changed = embeddings.clone()
+    changed[0, middle] += 1
+    seen = ((refiner(changed) - before).abs().amax(-1)[0] > 1e-7).view(5, 5)
+    reach = 2 if radius is None else min(2, radius * layers)
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[2 - reach : 3 + reach, 2 - reach : 3 + reach] = True
+    assert torch.equal(seen, expected)
+    plain = vsr.Refiner(config, ("tokens",), grid, 8)
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in refiner.parameters())
+
+
+def test_corruption_has_its_rate_and_never_leaves_a_token_as_it_was():
+    tokens = torch.randint(9, (400, 64))
+    changed = rollout.corrupt(tokens, 0.3, 9, torch.Generator().manual_seed(0))
+    assert (changed != tokens).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert changed.min() >= 0 and changed.max() < 9
+    assert torch.equal(rollout.corrupt(tokens, 0.0, 9, torch.Generator()), tokens)
+    assert (rollout.corrupt(tokens, 1.0, 9, torch.Generator()) != tokens).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_scenes_with_one_hue_do_not_tell_it_by_their_grey(told):
+    sentences = hues.OneHue(data.DataConfig(image_size=16), 0, told)
+    images, task = data.joined(sentences.batches("train", 96))
+    valid, objects = sentences.valid("train", 96), sentences.objects("train", 96)
+    assert not task.any()
+    differs = (valid - images[:, -1:]).abs().flatten(2).amax(2)  # (96, HUES)
+    assert (differs.min(1).values == 0).all(), "the truth is one of the valid answers"
+    assert (differs == 0).sum(1).eq(1).all()
+    for hue in range(hues.HUES):
+        assert (data.grey(valid[:, hue]) - images[:, -2]).abs().max() < 1e-5
+    shares, colour = choice.hues_of(images[:, -1], objects)
+    chosen = differs.argmin(1)
+    for i, hue in enumerate(chosen.tolist()):
+        assert shares[i, :, hue].min() == 1, "both objects have the hue of the answer, all over"
+    assert (colour - 1).abs().max() < 0.25
+    if told:  # by the shape of the dark object: that of the query is the second of two scenes
+        assert torch.equal(chosen[:64], sentences.layers("train", 0, 64)[0].kind[0, 1::2])
+    train, test = (data.split_of(sentences.valid(split, 64)[:, 0]) for split in ("train", "test"))
+    assert (train == 0).all() and (test == 2).all()
+
+
+def test_the_nearest_valid_answer_is_the_one_with_the_least_error():
+    codebook = F.normalize(torch.randn(20, 8), dim=-1)
+    valid = torch.randint(20, (7, 5, 16))
+    chosen = torch.randint(5, (7,))
+    written = valid[torch.arange(7), chosen].clone()
+    written[:, :3] = torch.randint(20, (7, 3))
+    assert torch.equal(choice.nearest_valid(written, valid, codebook), chosen)
+
+
+def test_two_commands_share_the_cells_of_a_study(finished, command, tmp_path, monkeypatch):
+    """What another process works on is left to it."""
+    monkeypatch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
+    whole = result_of(finished.out, "demos")
+    runtime.save(tmp_path / "demos.json", {**whole, "cells": []})
+    busy = finished.work / "unfinished-demos-0-1"
+    with runtime.locked(busy):
+        result = command(studies, "demos", *finished.flags, "--out", tmp_path)
+    assert result.status == 0, result.err
+    assert [cell["cell"]["num_demos"] for cell in result_of(tmp_path, "demos")["cells"]] == [2]
+    assert command(studies, "demos", *finished.flags, "--out", tmp_path).status == 0
+    assert result_of(tmp_path, "demos")["cells"] == whole["cells"]
