@@ -79,9 +79,9 @@ def hues_of(images: torch.Tensor, objects: torch.Tensor) -> tuple[torch.Tensor, 
         nearest = torch.einsum("schw,kc->skhw", chroma, directions).argmax(1)  # (S, H, W)
         counts = F.one_hot(nearest, HUES) * seen[..., None]  # (S, H, W, HUES)
         pixels = seen.flatten(1).sum(1).clamp_min(1)  # (S,)
-        shares.append(counts.flatten(1, 2).sum(1) / pixels[:, None])
+        shares.append(counts.flatten(1, 2).sum(1) / pixels[:, None])  # (S, HUES)
         strength = (chroma.norm(dim=1) * seen).flatten(1).sum(1) / pixels
-        colour.append(strength / wanted[:, number].norm(dim=-1).mean())
+        colour.append(strength / wanted[:, number].norm(dim=-1)[shares[-1].argmax(-1)])
     return torch.stack(shares, dim=1), torch.stack(colour, dim=1)
 
 

@@ -244,7 +244,7 @@ def test_one_line_says_what_a_folder_holds_and_what_is_left_out(photos, capsys):
         (photos / name).write_bytes(b"not a picture" * (name != "empty.webp"))
     for name in ("a.heic", "b.HEIC", "notes.txt", "LICENSE"):
         (photos / name).write_text("")
-    first = min(photos.rglob("*.png"))
+    first = min((photos / "0").glob("*.png"))
     for number in range(3):
         (photos / f"copy {number}.png").write_bytes(first.read_bytes())
     found = data.load_folder(str(photos), 16)
@@ -258,7 +258,7 @@ def test_one_line_says_what_a_folder_holds_and_what_is_left_out(photos, capsys):
         assert part in line[0]
     assert f"(first: {photos / 'broken too.jpg'}: cannot be read" in line[0]
     assert "thrown_away" not in line[0]
-    assert not [text for text in printed.err.splitlines() if "read photos" not in text]
+    assert not [text for text in printed.err.splitlines() if text.strip() and "read photos" not in text]
 
 
 def test_copies_in_a_folder_count_once(photos):

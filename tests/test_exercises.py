@@ -73,6 +73,7 @@ def tiny_weights(tmp_path_factory):
     torch.manual_seed(0)
     config = {
         "run": {"seed": 0, "dtype": "float32"},
+        "weights": {},
         "data": {"data": "shapes", "image_size": 16, "num_demos": 1, "palette": "fixed"},
         "vqgan": asdict(vqgan.VQGANConfig(codebook_size=16, code_dim=8, channels=16, res_blocks=1)),
         "gpt": asdict(vsr.GPTConfig(layers=1, heads=2, width=16)),
