@@ -1,6 +1,7 @@
 """The evidence: is it self-refinement? One file a question; `python -m studies NAME` answers it.
 
     rollout      is the rollout used, or is the prompt enough?
+    maturity     does it survive a good backbone?
     window       is it global: how far does a refiner have to see?
     choice       when is the written image needed?
     decoding     what can be had by decoding with more care?

@@ -25,8 +25,8 @@ from runtime import UserError
 from studies import runner
 
 NAMES = (
-    "rollout", "window", "choice", "decoding", "main", "positions", "lora", "demos", "backbones", "data",
-    "size", "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
+    "rollout", "maturity", "window", "choice", "decoding", "main", "positions", "lora", "demos", "backbones",
+    "data", "size", "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
 

@@ -25,6 +25,7 @@ from studies import (
     lora,
     loss,
     main,
+    maturity,
     probe,
     report,
     rollout,
@@ -53,6 +54,7 @@ def finished(tmp_path_factory):
     flags = [*TINY, "--out", str(out), "--work", str(work)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
+        patch.setattr(maturity, "SETTINGS", [{"steps": 4}])
         small = {name: (make, {"width": 24}) for name, (make, _) in backbones.BACKBONES.items()}
         patch.setattr(backbones, "BACKBONES", {**small, "gpt": backbones.BACKBONES["gpt"]})
         patch.setattr("sys.argv", ["studies", "all", *flags])
@@ -74,7 +76,9 @@ def test_every_study_writes_a_picture_and_a_table_of_all_its_cells(finished):
         result = result_of(finished.out, name)
         assert (finished.out / f"{name}.png").stat().st_size > 5000
         assert len(result["table"]) > 2
-        assert len(result["cells"]) == {"positions": 0, "demos": 2}.get(name, len(study.SETTINGS))
+        assert len(result["cells"]) == {"positions": 0, "demos": 2, "maturity": 1}.get(
+            name, len(study.SETTINGS)
+        )
 
 
 def test_every_study_says_what_it_asks():
