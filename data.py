@@ -268,7 +268,7 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
         advice = f"add {missing}, or rename them to have all pictures mixed"
         raise UserError(f"{flag}: has folders for {' and '.join(named)} alone; {advice}")
     found, seen, notes = {split: [] for split in SPLITS}, set(), {}
-    for path in tqdm(files, f"read {root.name}", mininterval=1, leave=None):
+    for path in tqdm(files, f"read {root.name}", delay=1, leave=None):
         if named and given[path] is None:
             left_out["beside the splits"] += 1
             notes.setdefault("beside the splits", f" (first: {path})")
