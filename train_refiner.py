@@ -52,8 +52,8 @@ PRESETS = {
                   "batch_size": 128, "learning_rate": 3e-4, "gan_weight": 0.5},
         "gpt": {"layers": 24, "heads": 16, "width": 1024, "head_width": 64, "steps": 100_000,
                 "batch_size": 64, "learning_rate": 3e-4},
-        "refiner": {"layers": 6, "width": 512, "rollouts": 20_000, "rollout_batch": 64, "steps": 20_000,
-                    "batch_size": 128, "learning_rate": 3e-4},
+        "refiner": {"layers": 6, "heads": 8, "width": 512, "rollouts": 20_000, "rollout_batch": 64,
+                    "steps": 20_000, "batch_size": 128, "learning_rate": 3e-4},
     },
 }  # fmt: skip
 
@@ -498,8 +498,8 @@ def check_sizes(config: dict, readings) -> dict:
     refiner, plain = config["refiner"], {name: asdict(part) for name, part in config.items()}
     if refiner.rollouts > config["data"].train_sentences:
         raise UserError(f"--refiner-rollouts {refiner.rollouts}: more than there are --train-sentences")
-    if refiner.width % refiner.heads:
-        raise UserError(f"--refiner-heads {refiner.heads}: does not divide --refiner-width {refiner.width}")
+    if refiner.heads > refiner.width:
+        raise UserError(f"--refiner-heads {refiner.heads}: more than --refiner-width {refiner.width}")
     params, kinds = {}, {"tokenizer": "", "backbone": "", **{f"refiner_{name}": name for name in readings}}
     for name, reading in kinds.items():
         try:

@@ -47,7 +47,7 @@ class RefinerConfig:
     """The refiner and its training."""
 
     layers: Annotated[int, "bidirectional Transformer blocks"] = 3
-    heads: Annotated[int, "attention heads"] = 8
+    heads: Annotated[int, "attention heads, each of width / heads, rounded down; 8 is fast"] = 7
     width: Annotated[int, "size of a hidden state"] = 56
     dropout: Annotated[float, "dropout in the blocks while training", (0, 0.99)] = 0.0
     attention: Annotated[bool, "let positions see each other; without is a control"] = True

@@ -181,8 +181,8 @@ def fit(
     was. rows: which of the training rollouts it may see. changes: fields of `RefinerConfig`.
     """
     config = replace(setup.config["refiner"], **changes)
-    if config.width % config.heads:
-        problem = f"{config.heads} heads do not divide a width of {config.width}"
+    if config.heads > config.width:
+        problem = f"{config.heads} heads in a width of {config.width}"
         raise UserError(f"{name}: {problem}; change --refiner-heads or --refiner-width")
     rollouts = {**rollouts, "train": part_of(rollouts["train"], rows)}
     targets = {**targets, "train": targets["train"][rows]}

@@ -34,6 +34,7 @@ from studies import (
     lora,
     loss,
     main,
+    maturity,
     passes,
     positions,
     probe,
@@ -137,7 +138,7 @@ def scored(monkeypatch):
         calls.append(SimpleNamespace(models=models, refiners=refiners, seed=seed, others=others))
         return {"scores": len(calls)}
 
-    for module in (runner, generalize, backbones, demos, rollout, decoding, window):
+    for module in (runner, generalize, backbones, demos, rollout, decoding, window, maturity):
         monkeypatch.setattr(module, "score_refiners", score)
     return calls
 
@@ -786,6 +787,135 @@ def test_a_refiner_is_trained_for_the_backbone_of_its_cell(setup, fitted, scored
     assert call.models.trained.backbone is used
     assert call.refiners == {backbones.BEST: given.refiner}
     assert given.config == setup.config["refiner"]
+
+
+def test_fresh_sentences_are_those_of_no_other_training(setup):
+    """Their numbers are beyond those of the sentences that are kept, and apart by what they are for."""
+    asked, models = [], models_with(Backbone())
+
+    def sentences(split, index, n):
+        asked.append((split, index))
+        return torch.full((n, IMAGES, 3, 2, 2), float(len(asked))), None
+
+    models.trained.tokenizer.encode = lambda images: images[:, 0, 0, :1].long().expand(-1, N)
+    rows = torch.tensor([7, 3, 9])
+    for first in (0, 2**50):
+        fresh = maturity.Fresh(setup, models, sentences, first)
+        assert fresh.shape[1:] == (IMAGES, N)
+        for number, part in enumerate((rows, rows + 1, torch.tensor([len(fresh) - 1])), len(asked) + 1):
+            assert torch.equal(fresh[part], torch.full((len(part), IMAGES, N), number))
+    assert {split for split, _ in asked} == {"train"}
+    assert len({index for _, index in asked}) == len(asked)
+    assert min(index for _, index in asked) > 10**9
+
+
+def test_tuning_on_own_rollouts_is_towards_the_truth_behind_what_was_written(setup):
+    backbone, tokens = small_gpt(), torch.randint(30, (5, IMAGES, N))
+    written = torch.randint(30, (5, N)).short()
+    logits = backbone(torch.cat([tokens[:, :-1].flatten(1), written.long()], dim=1))[:, -N:]
+    expected = F.cross_entropy(logits.mT, tokens[:, -1])
+    found = maturity.own_prefix_loss(setup, backbone, tokens.short(), written)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    expected = losses_of(backbone, tokens).mean().item()
+    assert maturity.whole_loss(setup, backbone, tokens, written).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", maturity.TUNED)
+def test_a_rival_is_tuned_as_it_is_called(setup, monkeypatch, kind):
+    backbone, losses = small_gpt(), []
+    tokens, written = torch.randint(30, (12, IMAGES, N)), torch.randint(30, (12, N))
+    for name in ("whole_loss", "own_prefix_loss"):
+        real = getattr(maturity, name)
+        monkeypatch.setattr(
+            maturity, name, lambda *args, name=name, real=real: losses.append(name) or real(*args)
+        )
+    made, params = maturity.tuned(setup, kind, backbone, 3, 1.0, lambda generator: (tokens, written), 5)
+    assert losses == 3 * ["own_prefix_loss" if kind.endswith("own rollouts") else "whole_loss"]
+    before, after = backbone.state_dict(), made.state_dict()
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    layers = {n for n, module in backbone.named_modules() if isinstance(module, nn.Linear) and n != "head"}
+    layers = {f"{name}.weight" for name in layers}
+    assert changed == (layers if kind.startswith("LoRA") else before.keys())
+    low_rank = sum(2 * sum(before[name].shape) for name in layers)
+    assert params == (low_rank if kind.startswith("LoRA") else runner.count(backbone))
+    assert not made.training
+
+
+def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_sentences(
+    setup, fitted, scored, monkeypatch
+):
+    """Of the rates and temperatures, the second has the fewest wrong tokens on validation sentences."""
+    models, pretrainings, asked = models_with(Backbone()), [], []
+    give(monkeypatch, models, maturity)
+
+    class Fresh:
+        def __init__(self, setup, models, sentences, first=0):
+            self.first = first
+
+        def __getitem__(self, rows):
+            assert self.first == 2**50, "not those of the pretraining"
+            return numbered("train")[rows % 48]
+
+    def pretrain(setup, name, config, fresh, val, codes, seed):
+        assert (fresh.first, codes, seed) == (0, V, 5)
+        assert torch.equal(val, numbered("val"))
+        pretrainings.append((name, config))
+        log = {
+            "val_step": [0, 9],
+            "val_loss": [3.0, 2.0],
+            "val_target_loss": [1.0],
+            "val_target_accuracy": [0.5],
+        }
+        return Backbone({"pretraining": 50.0, "wider": 60.0}[name]), log
+
+    def tune(setup, kind, backbone, budget, rate, batch_of, seed):
+        assert (backbone.head.weight.item(), budget, seed) == (50, 11, 5)
+        tokens, y = batch_of(torch.Generator().manual_seed(0))
+        assert torch.equal(tokens[:, 0] + WRITTEN, y)
+        return Backbone(10.0 * maturity.TUNED.index(kind) + maturity.RATES.index(rate)), 0
+
+    def written(tokens, label, number):
+        """On validation sentences as many wrong tokens as belong to a setting, on test ones its label."""
+        if tokens[0, 0, 0] == SENTENCES["val"][0]:
+            return tokens[:, -1] + (torch.arange(N) < (2, 1, 3, 3)[number])
+        return torch.full((len(tokens), N), int(label))
+
+    def generate(setup, backbone, tokens):
+        rollout = backbone.generate(tokens[:, :-1].flatten(1), N)
+        label = backbone.head.weight.item()
+        return rollout if label == 50 else rollout._replace(tokens=written(tokens, label, int(label) % 10))
+
+    def sample(setup, backbone, tokens, n, temperature, seed):
+        asked.append((backbone.head.weight.item(), n, seed))
+        number = decoding.TEMPERATURES.index(temperature)
+        return written(tokens, 80 + number, number), None
+
+    monkeypatch.setattr(maturity, "Fresh", Fresh)
+    monkeypatch.setattr(maturity, "pretrained", pretrain)
+    monkeypatch.setattr(maturity, "tuned", tune)
+    monkeypatch.setattr(maturity, "generate_all", generate)
+    monkeypatch.setattr(maturity, "samples_of", sample)
+    monkeypatch.setattr(maturity, "equal_steps", lambda *_: 11)
+    monkeypatch.setattr(maturity, "likeliest", lambda samples, likelihoods: samples)
+    monkeypatch.setattr(maturity, "consensus", lambda samples, codebook: samples + 100 * (samples < 100))
+    result = maturity.run(setup, 5, steps=700)
+    (first, config), (second, wider) = pretrainings
+    assert (first, second) == ("pretraining", "wider")
+    assert config == replace(setup.config["gpt"], steps=700, batch_size=maturity.BATCH)
+    assert wider == replace(config, width=result["width"], steps=711)
+    assert wider.width > config.width
+    assert set(fitted) == set(maturity.READINGS)
+    for name, given in fitted.items():
+        assert given.reads == maturity.READINGS[name]
+        check_pairs(given)
+    (call,) = scored
+    assert call.models.trained.backbone.head.weight.item() == 50
+    assert call.refiners == {name: given.refiner for name, given in fitted.items()}
+    labels = {name: y.unique().tolist() for name, y in call.others.items()}
+    rivals = {kind: [10 * number + 1] for number, kind in enumerate(maturity.TUNED)}
+    assert labels == {**rivals, "wider backbone": [60], "likeliest of n": [81], "consensus of n": [181]}
+    assert {result["chosen"][kind] for kind in maturity.TUNED} == {0.3}
+    assert set(asked) == {(50.0, 3, 5)}
 
 
 # Studies that measure

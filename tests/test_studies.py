@@ -207,7 +207,7 @@ def test_a_refiner_that_is_too_narrow_is_named(finished, command, tmp_path):
     flags = [*finished.flags, "--refiner-heads", "16", "--out", tmp_path / "results"]
     result = command(studies, "size", *flags, "--work", tmp_path / "work")
     assert result.status == 2
-    assert "1 x 8: 16 heads" in result.err[-1]
+    assert "1 x 8: 16 heads in a width of 8" in result.err[-1]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"config": {}}', "\udcff"])

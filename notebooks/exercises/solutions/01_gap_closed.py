@@ -66,7 +66,7 @@ check_gap_closed(gap_closed)
 scores = json.loads((root / "results" / "toy" / "metrics.json").read_text())["methods"]
 error = {method: {name: score["cosine_error"] for name, score in by.items()} for method, by in scores.items()}
 names = list(error["teacher_forced"])
-refined = [method for method in scores if method.startswith(("refined_", "parallel")) and " of " not in method]
+refined = [name for name in scores if name.startswith(("refined_", "parallel")) and " of " not in name]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 for number, method in enumerate(("ar_greedy", *refined)):
     shares, right = [], [scores[method][name]["token_accuracy"] for name in names]
