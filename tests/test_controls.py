@@ -24,6 +24,7 @@ import vqgan
 import vsr
 from data import TASKS
 from evaluate import OF_FORCED
+from studies import __main__ as studies
 from studies import (
     adversarial,
     backbones,
@@ -44,6 +45,7 @@ from studies import (
     runner,
     size,
     speed,
+    timing,
     window,
 )
 from studies import data as data_study
@@ -963,8 +965,9 @@ def test_damage_is_behind_the_forced_token_and_before_and_after_refining(setup, 
             return Rollout(prompt[:, -1:].expand(-1, length), states, states)
 
     models = models_with(Repeater(), (OURS,))
-    number = torch.arange(8)[:, None, None].expand(-1, IMAGES, places)
-    models = models._replace(test={"tokens": number})  # all images are alike: greedy decoding is right
+    number = torch.arange(8)[:, None, None].repeat(1, IMAGES, places)
+    number[:, -1, 1] += 20  # all images are alike, but for a place where greedy decoding is wrong anyway
+    models = models._replace(test={"tokens": number})
     give(monkeypatch, models, probe)
 
     def refine(setup, models, refiner, rollout):
@@ -984,6 +987,31 @@ def test_damage_is_behind_the_forced_token_and_before_and_after_refining(setup, 
     last = started[-1]
     assert torch.equal(last[:, : 3 * places + 12], number[:6, 0, :1].expand(-1, 3 * places + 12))
     assert not (last[:, -1] == number[:6, 0, 0]).any(), "the forced token is the last one that is read"
+
+
+def test_seconds_are_those_of_each_round_without_the_one_that_warms_up(monkeypatch):
+    clock, called = [0.0], []
+
+    def function(name, *seconds):
+        def call():
+            called.append(name)
+            clock[0] += seconds[called.count(name) - 1]
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for measure, expected in ((timing.side_by_side, [3.0, 1.0, 2.0]), (timing.median_seconds, 2.0)):
+        called.clear()
+        functions = {"a": function("a", 99.0, 3.0, 1.0, 2.0), "b": function("b", *4 * [5.0])}
+        assert measure(functions, CPU, 3)["a"] == expected
+        assert called == 4 * ["a", "b"], "they alternate"
+
+
+def test_cells_are_missing_for_each_seed_and_setting_that_is_not_finished():
+    kept = [{"cell": {"seed": 0, "num_demos": 2}}, {"cell": {"seed": 1, "num_demos": 1}}]
+    missing = [(cell["seed"], cell["num_demos"]) for cell in studies.missing_cells("demos", kept, 2)]
+    assert missing == [(0, 1), (0, 3), (1, 2), (1, 3)]
+    assert studies.missing_cells("positions", [], 2) == [], "it shows the cells of main"
 
 
 def test_tokenizers_are_trained_without_and_with_the_adversarial_loss(setup, monkeypatch):

@@ -238,6 +238,22 @@ def test_ssim_is_the_formula_at_every_place_of_the_window():
         assert found.item() == pytest.approx(np.mean(values), abs=1e-4)
 
 
+@torch.no_grad()
+def test_a_token_is_decoded_at_its_place():
+    """Another token in row 2 and column 12 of a grid of 16 x 16 changes the pixels there and around it."""
+    config = VQGANConfig(codebook_size=8, code_dim=4, channels=16, res_blocks=0)
+    model, tokens = vqgan.VQGAN(config, 64), torch.zeros(1, 256, dtype=torch.long)
+    before = model.decode(tokens)
+    tokens[0, 2 * 16 + 12] = 1
+    change = (model.decode(tokens) - before).abs().sum((0, 1))  # (64, 64)
+    for axis, place in ((0, 2), (1, 12)):
+        along = change.sum(1 - axis)
+        middle = (along * torch.arange(64)).sum() / along.sum()
+        assert middle.item() == pytest.approx(4 * place + 1.5, abs=4)
+    assert not change[24:].any()
+    assert not change[:, :36].any()
+
+
 class Recorded:
     """Sentences that are given, two a batch, and a tokenizer that returns what is given for them."""
 
