@@ -387,20 +387,6 @@ def test_a_tag_that_is_damaged_is_no_reason_to_refuse_a_picture(tmp_path, ending
     assert image[:, -1].mean() < -0.9
 
 
-def test_every_orientation_is_turned_upright(tmp_path):
-    picture = Image.new("L", (48, 48))
-    picture.paste(255, (0, 0, 24, 12))  # a bar at the upper left
-    upright = data.to_uint8(data.to_float(picture.resize((16, 16), Image.Resampling.BOX).convert("RGB")))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        turns = {inverse: Image.Transpose(turn) for inverse, turn in data.TURNS.items()}
-        back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-        stored = picture if orientation == 1 else picture.transpose(back.get(orientation, turns[orientation]))
-        stored.save(tmp_path / f"{orientation}.png", exif=exif)
-        assert torch.equal(data.to_uint8(data.load_image(tmp_path / f"{orientation}.png", 16)), upright)
-
-
 def tiff(path, values, bits: int, *, kind: int = 1, top: int | None = None):
     """Write a grey TIFF of one strip by hand: `values` are the bytes of 16 x 16 numbers."""
     entries = [(256, 3, 16), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 200)]

@@ -154,6 +154,11 @@ def test_a_picture_and_its_mirror_image_come_up_in_both_images_of_a_pair_alike(a
             assert torch.equal(torch.stack(pair), torch.stack(data.TASK_FUNCTIONS[name](scene, None)))
 
 
+def test_each_split_and_each_batch_has_an_order_of_tasks_of_its_own(album):
+    places = [("train", 0), ("val", 0), ("test", 0), ("train", 1)]
+    assert len({tuple(album.sentences(split, index, 64)[1].tolist()) for split, index in places}) == 4
+
+
 def test_a_contact_sheet_shows_three_sentences_of_each_task_beside_its_name(command, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(data, "save_picture", lambda *args: sheets.append(args))
@@ -238,6 +243,19 @@ def test_ssim_is_the_formula_at_every_place_of_the_window():
         assert found.item() == pytest.approx(np.mean(values), abs=1e-4)
 
 
+def test_the_length_of_a_code_changes_neither_tokens_nor_images(run):
+    images, codebook = torch.rand(8, 3, 16, 16) * 2 - 1, run.tokenizer.codebook.weight
+    directions = F.normalize(codebook, dim=-1)
+    assert codebook.norm(dim=-1).max() > 1.5 * codebook.norm(dim=-1).min()
+    tokens = run.tokenizer.encode(images)
+    assert torch.equal(tokens, (run.tokenizer.latents(images) @ directions.T).argmax(-1))
+    assert not torch.equal(tokens, (run.tokenizer.latents(images) @ codebook.T).argmax(-1))
+    made = run.tokenizer.decode_embeddings(directions[tokens]).clamp(-1, 1)
+    assert torch.allclose(run.tokenizer.decode(tokens), made, atol=1e-5)
+    errors = vsr.cosine_error(tokens, tokens.flip(0), codebook)
+    assert torch.allclose(errors, cosine_errors(tokens, tokens.flip(0), directions), atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_token_is_decoded_at_its_place():
     """Another token in row 2 and column 12 of a grid of 16 x 16 changes the pixels there and around it."""
@@ -318,7 +336,7 @@ def test_sentences_become_the_tokens_of_their_split(run):
         assert torch.equal(tokens[number].long(), run.tokenizer.encode(images))
     large = SimpleNamespace(config=VQGANConfig(codebook_size=70_000))
     large.encode = lambda images: torch.full((len(images), 16), 69_999)
-    assert (evaluate.encode_sentences(large, sentences, "val", 2, CPU, FLOAT) == 69_999).all()
+    assert (evaluate.encode_sentences(large, sentences, "val", 2, CPU, FLOAT).long() == 69_999).all()
 
 
 def test_tokens_of_many_images_are_decoded_in_their_order(run):
@@ -364,7 +382,7 @@ def test_what_is_likeliest_or_nearest_is_found_in_float32(run):
     tokenizer = SimpleNamespace(codebook=Codebook(24, 6))
     backbone = vsr.GPT(vsr.GPTConfig(layers=1, width=16), 24, 16, 4)
     tokenizer.codebook.weight.copy_(torch.randn(1, 6) + 0.03 * torch.randn(24, 6))
-    backbone.head.weight.copy_(torch.randn(1, 16) + 0.003 * torch.randn(24, 16))
+    backbone.head.weight.copy_(10 * torch.randn(1, 16) + 0.1 * torch.randn(24, 16))
     codebook, tokens = tokenizer.codebook.vectors, torch.randint(24, (20, 4, 16))
     reader = {"tokens": run.refiners["tokens"]}
     written = evaluate.decode_methods(tokenizer, backbone.eval(), reader, tokens, BFLOAT)
@@ -384,6 +402,9 @@ def test_what_is_likeliest_or_nearest_is_found_in_float32(run):
         assert not torch.equal(backbone.head(forced).argmax(-1), expected["teacher_forced"])
         assert not torch.equal((mean @ codebook.T).argmax(-1), expected["expected_embedding"])
         assert not torch.equal((refined @ codebook.T).argmax(-1), expected["refined_tokens"])
+        rounded_logits, rounded_mean = backbone.head(rollout.states), logits[0].softmax(-1) @ codebook
+    for rounded in (rounded_logits.float().softmax(-1) @ codebook, rounded_mean.float()):
+        assert not torch.equal((rounded @ codebook.T).argmax(-1), expected["expected_embedding"])
 
 
 def test_hedging_weighs_the_directions_of_codes_and_not_their_lengths():
