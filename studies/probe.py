@@ -64,7 +64,9 @@ def run(setup: Setup, seed: int) -> dict:
             start = torch.cat([prompt[rows], forced[rows, : t + 1]], dim=1).to(setup.device)
             with setup.autocast:
                 forced[rows, t + 1 :] = backbone.generate(start, N - t - 1).tokens.cpu()
-        more = (errors(greedy._replace(tokens=forced)) - clean)[:, wrong].mean(1)  # (2, N)
+        more = (errors(greedy._replace(tokens=forced)) - clean)[:, wrong].sum(1) / max(
+            1, wrong.sum()
+        )  # (2, N)
         for name, row in zip(damage, more.tolist(), strict=True):
             damage[name].append([round(error, 5) for error in row])
     return {"positions": positions, "damage": damage}
