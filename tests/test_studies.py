@@ -19,6 +19,7 @@ from studies import __main__ as studies
 from studies import (
     backbones,
     choice,
+    decoding,
     demos,
     gpt2,
     hues,
@@ -55,6 +56,12 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
         patch.setattr(maturity, "SETTINGS", [{"steps": 4}])
+        for name, few in {"TEMPERATURES": (0.5, 1.0), "RATES": (1.0,)}.items():
+            patch.setattr(maturity, name, few)
+        for name, few in {"TEMPERATURES": (0.5, 1.0), "TOP_P": (1.0,), "WIDTHS": (2,)}.items():
+            patch.setattr(decoding, name, few)
+        patch.setattr(window, "RADII", (1, None))
+        patch.setattr(window, "NAMES", [window.name_of(r, s) for s in window.STARTS for r in (1, None)])
         small = {name: (make, {"width": 24}) for name, (make, _) in backbones.BACKBONES.items()}
         patch.setattr(backbones, "BACKBONES", {**small, "gpt": backbones.BACKBONES["gpt"]})
         patch.setattr("sys.argv", ["studies", "all", *flags])
