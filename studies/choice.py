@@ -34,14 +34,13 @@ import evaluate
 import vqgan
 import vsr
 from studies import report
-from studies.hues import HUES, OneHue, even_palette
+from studies.hues import HUES, OneHue, even_palette, smaller
 from studies.runner import Setup, fit, generate_all, models_of, refine_all
 from vsr import Rollout
 
 MINUTES = 28
 SETTINGS = [{}]
 
-CHANGES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
 READINGS = {
     "refined_tokens": ("tokens",),
     "refined_tokens+query": ("tokens", "query"),
@@ -109,7 +108,7 @@ def score(setup: Setup, models, written: dict, valid: dict, objects: torch.Tenso
 
 def run(setup: Setup, seed: int) -> dict:
     make = functools.partial(OneHue, told=False)
-    models = models_of(setup, seed, label="choice", changes=CHANGES, make=make)
+    models = models_of(setup, seed, label="choice", changes=smaller(setup.config), make=make)
     tokenizer, backbone, codebook = models.trained.tokenizer, models.trained.backbone, models.codebook.cpu()
     sentences = make(setup.config["data"], seed)
 

@@ -21,6 +21,17 @@ HUES = len(data.SHAPES)
 GREYS = (0.35, 0.65)  # of the dark and of the light shade, in [0, 1]
 
 
+SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
+
+
+def smaller(config: dict) -> dict:
+    """Changes for models of one task: half of the default's sizes, or those of a configuration below that."""
+    return {
+        part: {name: min(size, getattr(config[part], name)) for name, size in sizes.items()}
+        for part, sizes in SIZES.items()
+    }
+
+
 def even_palette() -> torch.Tensor:
     """Two shades of each hue, of one grey each: (HUES, 2, 3) in [-1, 1]."""
     luma, colours = torch.tensor([0.299, 0.587, 0.114]), []

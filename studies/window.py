@@ -19,23 +19,12 @@ import torch
 
 import vsr
 from studies import report
-from studies.hues import OneHue
+from studies.hues import OneHue, smaller
 from studies.runner import READS, Setup, fit, models_of, replay, score_refiners
 
 MINUTES = 50
-DATA = {
-    "default": {"label": "base"},
-    "told": {
-        "label": "told",
-        "changes": {
-            "data": {"train_sentences": 10240},
-            "gpt": {"steps": 700},
-            "refiner": {"rollouts": 10240},
-        },
-        "make": functools.partial(OneHue, told=True),
-    },
-}
-SETTINGS = [{"kind": kind} for kind in DATA]
+KINDS = ("default", "told")
+SETTINGS = [{"kind": kind} for kind in KINDS]
 RADII = (0, 1, 2, 3, None)  # None: all
 STARTS = ("neighbours", "anywhere")
 
@@ -73,7 +62,8 @@ def name_of(radius: int | None, start: str) -> str:
 
 
 def run(setup: Setup, seed: int, kind: str) -> dict:
-    models = models_of(setup, seed, **DATA[kind])
+    told = {"changes": smaller(setup.config), "make": functools.partial(OneHue, told=True), "label": "told"}
+    models = models_of(setup, seed, **(told if kind == "told" else {}))
     rollouts, targets = replay(setup, models)
     reads, rows, refiners = READS if kind == "default" else ("tokens",), slice(10240), {}
     for start in STARTS:

@@ -630,7 +630,7 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
     assert scored[0].refiners == refiners
 
 
-@pytest.mark.parametrize("kind", window.DATA)
+@pytest.mark.parametrize("kind", window.KINDS)
 def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch, kind):
     calls = give(monkeypatch, models_with(Backbone()), window)
     window.run(setup, 5, kind)
@@ -676,7 +676,7 @@ def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(set
     monkeypatch.setattr(choice, "refine_all", lambda setup, models, refiner, rollout: (refiner.name, rollout))
     monkeypatch.setattr(choice, "score", lambda s, m, given, valid, objects: written.update(given))
     choice.run(setup, 5)
-    assert calls[0].changes == choice.CHANGES
+    assert calls[0].changes == choice.smaller(setup.config)
     pairs = [(method, target) for method in choice.READINGS for target in choice.TARGETS]
     names = {f"{method}, {target}": (method, target) for method, target in pairs}
     assert fitted.keys() == names.keys()
