@@ -16,6 +16,7 @@ Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
 """
 
 import colorsys
+import contextlib
 import hashlib
 import os
 import re
@@ -194,7 +195,9 @@ def load_image(path, size: int) -> torch.Tensor:
         with Image.open(path) as image:
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
-            turn = read_or_none(lambda: TURNS.get(image.getexif().get(0x0112)))
+            turn = None
+            with contextlib.suppress(Exception):  # another tag that is damaged is no reason to refuse it
+                turn = TURNS.get(image.getexif().get(0x0112))
             tags = getattr(image, "tag_v2", {})  # what a TIFF says of its numbers
             bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
             if image.mode in ("I", "F"):
@@ -293,14 +296,6 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
         raise UserError(f"{flag}: too few different images ({counts}{said}): each split needs 4; add more")
     print(f"folder:{folder}: {counts} images{said}")
     return {split: torch.stack(images) for split, images in found.items()}
-
-
-def read_or_none(read):
-    """What `read` returns, or None if it fails: a tag that is damaged is no reason to refuse a picture."""
-    try:
-        return read()
-    except Exception:
-        return None
 
 
 # Tasks: scene -> (source, target)

@@ -19,8 +19,6 @@ import data
 
 HUES = len(data.SHAPES)
 GREYS = (0.35, 0.65)  # of the dark and of the light shade, in [0, 1]
-
-
 SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
 
 

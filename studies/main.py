@@ -27,6 +27,7 @@ import vsr
 from data import TASKS
 from evaluate import method_name
 from studies import report
+from studies.decoding import likeliest, samples_of
 from studies.lora import tuned_by_lora, tuned_for_longer
 from studies.report import GROUPS, mean_sd
 from studies.runner import (
@@ -62,19 +63,9 @@ PAIRS = (
 )
 
 
-@torch.no_grad()
 def best_of_n(setup: Setup, models: SeedModels, n: int, seed: int) -> torch.Tensor:
     """Of n samples at temperature 1, the one that the backbone itself finds likeliest: tokens (S, N)."""
-    backbone, generator = models.trained.backbone, torch.Generator().manual_seed(seed)
-    samples, likelihoods = [], []
-    for _ in range(n):
-        rollout = generate_all(setup, backbone, models.test["tokens"], 1.0, generator)
-        logits = backbone.logits(rollout.states.to(setup.device)).cpu()  # (S, N, V)
-        chosen = logits.log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]  # (S, N)
-        samples.append(rollout.tokens)
-        likelihoods.append(chosen.sum(1))
-    best = torch.stack(likelihoods).argmax(0)  # (S,)
-    return torch.stack(samples)[best, torch.arange(len(best))]
+    return likeliest(*samples_of(setup, models.trained.backbone, models.test["tokens"], n, 1.0, seed))
 
 
 def run(setup: Setup, seed: int) -> dict:

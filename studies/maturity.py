@@ -48,12 +48,8 @@ class Fresh:
     """Sentences without end, for `train_refiner.train_backbone`: whatever rows are asked for are new ones."""
 
     def __init__(self, setup: Setup, models, sentences, first: int = 0):
-        self.setup, self.tokenizer, self.sentences, self.first = (
-            setup,
-            models.trained.tokenizer,
-            sentences,
-            first,
-        )
+        self.setup, self.tokenizer = setup, models.trained.tokenizer
+        self.sentences, self.first = sentences, first
         self.shape = (2**40, *models.test["tokens"].shape[1:])  # (rows, 2K+2, N)
 
     def __len__(self) -> int:
@@ -119,9 +115,8 @@ def equal_steps(setup: Setup, backbone: GPT, rollouts: int) -> int:
     """How many training steps of the backbone cost what a refiner does: rollouts, query states, training."""
     config, N = setup.config["refiner"], backbone.tokens_per_image
     forward, tokens = flops_per_token(backbone) / 3, backbone.max_tokens  # a third of a training step's
-    generation = (
-        rollouts * (tokens + tokens - N) * forward
-    )  # written once, its prompt read again for the states
+    # Each sentence is written once, and its prompt read again for the states
+    generation = rollouts * (tokens + tokens - N) * forward
     grid = (round(N**0.5),) * 2
     refiner = vsr.Refiner(config, READS, grid, setup.config["vqgan"].code_dim, backbone.config.width)
     training = config.steps * config.batch_size * N * 6 * count(refiner)
