@@ -25,15 +25,10 @@ from runtime import UserError
 from studies import runner
 
 NAMES = (
-    "rollout", "maturity", "window", "choice", "decoding", "main", "positions", "lora", "demos", "backbones",
-    "data", "size", "reading", "passes", "loss", "probe", "generalize", "speed", "adversarial",
+    "rollout", "choice", "maturity", "window", "positions", "decoding", "data", "size", "backbones", "demos",
+    "loss", "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
-
-
-def source(name: str) -> str:
-    """The study whose cells a study shows: its own, if it does not name another."""
-    return getattr(STUDIES[name], "CELLS_OF", name)
 
 
 def machine(device: torch.device) -> dict:
@@ -102,8 +97,6 @@ def parse_arguments():
 
 def missing_cells(name: str, kept: list, seeds: int) -> list:
     """The cells of a study, a dictionary of its seed and its setting each, that are not finished."""
-    if source(name) != name:
-        return []
     finished = [cell["cell"] for cell in kept]
     cells = [{"seed": seed, **setting} for seed in range(seeds) for setting in STUDIES[name].SETTINGS]
     return [cell for cell in cells if cell not in finished]
@@ -129,15 +122,11 @@ def main():
         return {**made_with, "machine": machine(device)} if name == "speed" else made_with
 
     def cells_of(name: str) -> list:
-        return read_cells(out / f"{source(name)}.json", config_of(name))
+        return read_cells(out / f"{name}.json", config_of(name))
 
     chosen, todo = [name for name in NAMES if {name, "all"} & set(args.studies)], []
     for name in chosen:
-        kept = cells_of(name)
-        if source(name) not in chosen and not kept:
-            command = f"python -m studies {source(name)}"
-            raise UserError(f"{name}: reads what `{command}` has measured; run that first")
-        todo += [(name, cell) for cell in missing_cells(name, kept, args.seeds)]
+        todo += [(name, cell) for cell in missing_cells(name, cells_of(name), args.seeds)]
 
     minutes = sum(STUDIES[name].MINUTES for name, _ in todo)
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -164,8 +153,7 @@ def main():
         text = study.show(cells)
         more = study.numbers(cells) if hasattr(study, "numbers") else {}
         study.plot(out / f"{name}.png", cells)
-        own = cells if source(name) == name else []
-        save(out, name, config_of(name), own, table=text.splitlines(), **rounded(more))
+        save(out, name, config_of(name), cells, table=text.splitlines(), **rounded(more))
         print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
 
 

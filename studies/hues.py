@@ -22,12 +22,17 @@ GREYS = (0.35, 0.65)  # of the dark and of the light shade, in [0, 1]
 SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
 
 
-def smaller(config: dict) -> dict:
-    """Changes for models of one task: half of the default's sizes, or those of a configuration below that."""
+def at_most(sizes: dict, config: dict) -> dict:
+    """{component: {field: size}} as changes of a configuration that may already be below them."""
     return {
-        part: {name: min(size, getattr(config[part], name)) for name, size in sizes.items()}
-        for part, sizes in SIZES.items()
+        part: {name: min(size, getattr(config[part], name)) for name, size in fields.items()}
+        for part, fields in sizes.items()
     }
+
+
+def smaller(config: dict) -> dict:
+    """Changes for models of one task."""
+    return at_most(SIZES, config)
 
 
 def even_palette() -> torch.Tensor:

@@ -1,28 +1,60 @@
-"""Does the error build up along the raster, and does refinement take that back? The paper's Figure
-2.
+"""Where along the sequence does the error arise, and where is it taken back? The paper's Figure 2.
 
-Cosine error by token position, from the cells of `main`. For the claim speaks a greedy curve that
-rises away from the teacher-forced one, and a refined curve that does not; against it, a refined
-curve that is lower by the same amount everywhere: then it is not the accumulated part that is
-repaired.
+Cosine error by token position, at the toy's own length and at the paper's: pictures of twice the side have
+256 tokens. The backbone makes errors on the true prefix too; what accumulates is what it makes beyond those,
+its error minus the teacher-forced one at the same place. Stated before it was run:
 
-First edition: greedy's area under the curve was 1.29 in the first half of the raster and 2.24 in
-the second, that of the refiner that reads tokens and states 0.65 and 0.84, the teacher-forced one
-0.62 and 0.72 (five seeds).
+    for accumulation    that difference rises along the raster
+    for its repair      the refined curve takes it back, and most where it is largest: late
+    against             a difference that does not rise; or a refined curve that is lower by as much early as
+                        late: then it is not the accumulated part that is repaired
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 import evaluate
+import train_refiner
+from evaluate import method_name
 from studies import report
-from studies.report import GROUPS, mean_sd
+from studies.hues import at_most
+from studies.report import GROUPS, estimate
+from studies.runner import Setup, generate_all, models_of, score_refiners
+from studies.tuning import TUNED, tuned_at_best
 
-CELLS_OF = "main"
-MINUTES = 0
-SETTINGS = [{}]
+MINUTES = 40
+SETTINGS = [{"scale": 1}, {"scale": 2}]  # of the side of the pictures
 
-ROWS = ("teacher_forced", "ar_greedy", "lora", "refined_tokens", "refined_tokens+query")
+LARGER = {
+    "data": {"train_sentences": 8192, "eval_sentences": 256},
+    "vqgan": {"batch_size": 32},
+    "gpt": {"batch_size": 8},
+    "refiner": {"rollouts": 4096, "rollout_batch": 128, "steps": 600, "batch_size": 64},
+}
+LORA = TUNED[1]
+REFINED = tuple(map(method_name, train_refiner.READINGS))
+ROWS = ("ar_greedy", LORA, *REFINED)
+LATE = 160 / 256  # of the sequence: where the paper sees errors grow
+
+
+def run(setup: Setup, seed: int, scale: int) -> dict:
+    config, changes = setup.config, None
+    if scale > 1:
+        changes = at_most(LARGER, config)
+        changes["data"]["image_size"] = scale * config["data"].image_size
+        config = {name: replace(part, **changes.get(name, {})) for name, part in config.items()}
+    label = "base" if scale == 1 else f"scale{scale}"
+    models = models_of(setup, seed, train_refiner.READINGS, label, changes)
+    setup = replace(setup, config=config)
+    trained = models.trained
+    known = (trained.tokens["train"][: len(trained.generated["train"])], trained.generated["train"])
+    steps, batch_size = max(1, config["gpt"].steps // 4), config["gpt"].batch_size
+    lora, rate, _ = tuned_at_best(setup, LORA, models, known, steps, batch_size, seed)
+    others = {LORA: generate_all(setup, lora, models.test["tokens"]).tokens}
+    refiners = {method_name(reading): refiner for reading, refiner in trained.refiners.items()}
+    return {**score_refiners(setup, models, refiners, seed, others), "chosen": rate, "steps": steps}
 
 
 def curves(cells: list, method: str, group: str) -> torch.Tensor:
@@ -30,38 +62,49 @@ def curves(cells: list, method: str, group: str) -> torch.Tensor:
     return torch.tensor(report.values_of(cells, method, group, "cosine_error_by_position"))
 
 
-def numbers(cells: list) -> dict:
-    """The curves, as means over seeds."""
-    return {"curves": {method: curves(cells, method, "all").mean(0).tolist() for method in ROWS}}
+def accumulated(cells: list, method: str, group: str) -> torch.Tensor:
+    """What a method has beyond the teacher-forced error at the same place: (seeds, N)."""
+    return curves(cells, method, group) - curves(cells, "teacher_forced", group)
 
 
 def show(cells: list) -> str:
-    """AUC of each curve, over the raster and over its halves."""
-    lines = [
-        f"AUC of the cosine error by position, mean ± standard deviation over {len(cells)} seeds",
-        f"{'':24}{'all positions':>16}{'first half':>16}{'second half':>16}",
-    ]
-    for method in ROWS:
-        by_seed = curves(cells, method, "all")
-        half = by_seed.shape[1] // 2
-        areas = [part.sum(1).tolist() for part in (by_seed, by_seed[:, :half], by_seed[:, half:])]
-        lines.append(f"{method:24}" + "".join(f"{mean_sd(area):>16}" for area in areas))
+    """By thirds of the raster, as shares of what greedy decoding accumulates over all of it."""
+    lines = ["what is made beyond the teacher-forced error, as a share of what greedy decoding makes of it"]
+    for group in report.by_setting(cells, "scale").values():
+        greedy = accumulated(group, "ar_greedy", "all")  # (seeds, N)
+        N, whole = greedy.shape[1], greedy.sum(1)
+        late = round(LATE * N)
+        parts = {
+            "all": slice(0, N), "first third": slice(0, N // 3), "second": slice(N // 3, 2 * N // 3),
+            "last third": slice(2 * N // 3, N), f"from {late} on": slice(late, N),
+        }  # fmt: skip
+        lines += ["", f"{f'{N} tokens, {len(group)} seeds':26}" + "".join(f"{name:>26}" for name in parts)]
+        for method in ROWS:
+            more = accumulated(group, method, "all")
+            row = [estimate((more[:, part].sum(1) / whole).tolist()) for part in parts.values()]
+            lines.append(f"{method:26}" + "".join(f"{text:>26}" for text in row))
     return "\n".join(lines)
 
 
 def plot(path, cells: list) -> None:
-    figure = report.new_figure(len(GROUPS))
-    for axis, group in zip(figure.axes, GROUPS, strict=True):
-        for method in ROWS:
-            by_seed = curves(cells, method, group)
-            smooth = F.avg_pool1d(F.pad(by_seed[:, None], (3, 3), mode="replicate"), 7, 1)[:, 0]
-            mean, spread = smooth.mean(0), smooth.std(0) if len(cells) > 1 else 0 * smooth[0]
-            colour = evaluate.COLOURS.get(method, "#9b5de5")
-            axis.plot(mean, color=colour, label=f"{method}  AUC {by_seed.sum(1).mean():.2f}")
-            low, high = mean - spread, mean + spread
-            axis.fill_between(range(len(mean)), low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=group, xlabel="token position t (raster order)")
-        axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend
-        axis.legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
-    figure.axes[0].set_ylabel(f"cosine error, mean ± sd of {len(cells)} seeds")
+    """Above the error, below the accumulated part alone; a column for each length and group."""
+    groups = report.by_setting(cells, "scale")
+    figure = report.new_figure(len(GROUPS), rows=2 * len(groups))
+    for i, group in enumerate(groups.values()):
+        for j, name in enumerate(GROUPS):
+            for k, values_of in enumerate((curves, accumulated)):
+                axis = figure.axes[(2 * i + k) * len(GROUPS) + j]
+                for method in ("teacher_forced", *ROWS)[k:]:
+                    by_seed = values_of(group, method, name)
+                    width = by_seed.shape[1] // 16 * 2 + 1  # of the moving average
+                    padded = F.pad(by_seed[:, None], (width // 2, width // 2), mode="replicate")
+                    smooth = F.avg_pool1d(padded, width, 1)[:, 0]  # (seeds, N)
+                    colour = evaluate.COLOURS.get(method, "#9b5de5")
+                    axis.plot(smooth.mean(0), color=colour, label=method, linewidth=1)
+                axis.axhline(0, color="#888888", linewidth=0.6)
+                axis.set(title=f"{name}, {by_seed.shape[1]} tokens" if k == 0 else "")
+                axis.set_xlabel("token position t (raster order)" if k else "")
+                if j == 0:
+                    axis.set_ylabel("beyond teacher-forced" if k else "cosine error")
+    figure.axes[0].legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
     report.save(figure, path)

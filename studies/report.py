@@ -164,10 +164,10 @@ def settings_table(cells: list) -> str:
 # Figures
 
 
-def new_figure(panels: int, width: float = 3.4, height: float = 3.4) -> Figure:
-    """A figure with panels side by side: `figure.axes`."""
-    figure = Figure(figsize=(width * panels, height), layout="constrained", dpi=120)
-    for axis in figure.subplots(1, panels, squeeze=False)[0]:
+def new_figure(panels: int, width: float = 3.4, height: float = 3.4, rows: int = 1) -> Figure:
+    """A figure with panels side by side, in one row or more: `figure.axes`."""
+    figure = Figure(figsize=(width * panels, rows * height), layout="constrained", dpi=120)
+    for axis in figure.subplots(rows, panels, squeeze=False).flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -30,13 +30,10 @@ class StudyConfig:
     """Sizes of the studies."""
 
     lora_rank: Annotated[int, "rank of LoRA's low-rank adapters"] = 64
-    lora_steps: Annotated[int, "steps of LoRA; at least the time of rollouts and refiner"] = 2000
-    lora_learning_rate: Annotated[float, "peak learning rate of LoRA", (1e-12, float("inf"))] = 1e-3
-    longer_steps: Annotated[int, "further steps of pretraining; at least that time"] = 2000
-    samples: Annotated[int, "n of best_of_n"] = 8
-    steps: Annotated[int, "steps of each refiner in data, size, reading, loss, generalize"] = 1000
+    samples: Annotated[int, "n of the likeliest of n samples, and of their consensus"] = 8
+    steps: Annotated[int, "steps of each refiner, where it is not the default one that is asked about"] = 1000
     window_steps: Annotated[int, "steps of each refiner in window"] = 600
-    rollouts: Annotated[int, "rollouts of each backbone in backbones", (1, 10**9)] = 8192
+    rollouts: Annotated[int, "rollouts of each backbone in maturity and backbones", (1, 10**9)] = 8192
     probed: Annotated[int, "sentences in probe", (2, 10**9)] = 256
     rounds: Annotated[int, "rounds of each timing in speed"] = 5
 
@@ -44,8 +41,6 @@ class StudyConfig:
 # For --preset smoke
 SMOKE = {
     "lora_rank": 2,
-    "lora_steps": 4,
-    "longer_steps": 4,
     "samples": 2,
     "steps": 8,
     "window_steps": 4,

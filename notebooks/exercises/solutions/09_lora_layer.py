@@ -20,7 +20,7 @@
 # - `merged()` gives an ordinary new `nn.Linear` with the weight $W + BA$ and the bias $b$. It leaves this
 #   layer as it is and shares no memory with it.
 #
-# It is [`LoRA` in `lora.py`](../../studies/lora.py). Try first, then compare.
+# It is [`LoRA` in `tuning.py`](../../studies/tuning.py). Try first, then compare.
 #
 # <details><summary>Hint</summary>
 #
@@ -109,9 +109,9 @@ plt.show()
 # %% [markdown]
 # ## Where this is in the project
 #
-# [`LoRA` in `lora.py`](../../studies/lora.py) is the same thing as a parametrization, so that `add_lora` can
-# put it on every linear layer of a finished model and `merge_lora` can take it off again. It is trained as a
-# control of the refiner: the backbone could have been improved instead.
+# [`LoRA` in `tuning.py`](../../studies/tuning.py) is the same thing as a parametrization, so that
+# `add_lora` can put it on every linear layer of a finished model and `merge_lora` can take it off again.
+# It is trained as a rival of the refiner: the backbone could have been improved instead.
 #
 # **Go further.** At the very first step the gradient of A is zero. Show it. For which rank has the adapter as
 # many parameters as W itself?
