@@ -116,20 +116,7 @@ def run(setup: Setup, seed: int) -> dict:
 
 def show(cells: list) -> str:
     names = [*cells[0]["chosen"], "expected_embedding", *REFINED]
-    heads = ("gap closed", "tokens right, gained", "dB gained")
-    lines = [
-        f"mean over {len(cells)} seeds, with a 95 % t interval; each way at its best setting on validation"
-    ]
-    for group in GROUPS:
-        lines += ["", f"{group:24}" + "".join(f"{head:>26}" for head in heads)]
-        for name in names:
-            values = [report.MEASURES[head](cells, name, group) for head in heads]
-            texts = [
-                report.estimate(v, 3 if h.startswith("tokens") else 2)
-                for h, v in zip(heads, values, strict=True)
-            ]
-            lines.append(f"{name:24}" + "".join(f"{text:>26}" for text in texts))
-    lines += ["", "chosen on validation, by seed"]
+    lines = [report.measures_table(cells, names, GROUPS), "", "chosen on validation, by seed"]
     lines += [f"{way:24}" + "; ".join(cell["chosen"][way] for cell in cells) for way in cells[0]["chosen"]]
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ import vsr
 from evaluate import method_name
 from studies import report
 from studies.decoding import TEMPERATURES, consensus, likeliest, samples_of
-from studies.report import estimate, values_of
+from studies.report import values_of
 from studies.runner import READS, Setup, count, fit, generate_all, models_of, score_refiners
 from studies.stages import flops_per_token
 from studies.tuning import TUNED, tuned_at_best
@@ -141,36 +141,14 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
 
 
 def show(cells: list) -> str:
-    lines, heads = [], ("gap closed", "exposure removed", "tokens right, gained", "dB gained")
-    groups = report.by_setting(cells, "steps")
-    lines.append(f"mean over {len(next(iter(groups.values())))} seeds, with a 95 % t interval")
-    for steps, group in groups.items():
-        known = {
-            name: estimate(values_of(group, name, "all", "cosine_error"), 4)
-            for name in ("teacher_forced", "ar_greedy")
-        }
-        right = estimate(values_of(group, "ar_greedy", "all", "token_accuracy"), 3)
-        budget = group[0]["budget"]
+    lines = []
+    for steps, group in report.by_setting(cells, "steps").items():
+        methods = [method for method in METHODS if method in group[0]["scores"]]
         lines += [
-            "",
-            f"{steps:,} steps; a refiner costs {budget} more. Cosine error: "
-            + ", ".join(f"{k} {v}" for k, v in known.items())
-            + f"; tokens right {right}",
+            f"{steps:,} steps: {report.backbone_line(group)}; refiners cost {group[0]['budget']} steps more"
         ]
-        lines.append(f"{'':28}" + "".join(f"{head:>26}" for head in heads))
-        for method in [method for method in METHODS if method in group[0]["scores"]]:
-            row = []
-            for head in heads:
-                if head == "exposure removed" and method not in READINGS:
-                    row.append("")
-                    continue
-                row.append(
-                    estimate(
-                        report.MEASURES[head](group, method, "all"), 3 if head.startswith("tokens") else 2
-                    )
-                )
-            lines.append(f"{method:28}" + "".join(f"{text:>26}" for text in row))
-    return "\n".join(lines)
+        lines += [report.measures_table(group, methods), ""]
+    return "\n".join(lines[:-1])
 
 
 def plot(path, cells: list) -> None:

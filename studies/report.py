@@ -8,7 +8,6 @@ interval. Errors under the codebooks of different seeds are not pooled, shares a
 import math
 import statistics
 
-import torch
 from matplotlib.figure import Figure
 
 import evaluate
@@ -25,11 +24,6 @@ def sd(values: list) -> float:
     """Standard deviation of a sample; 0 for a single value, NaN if one is NaN."""
     mean = statistics.fmean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
-
-
-def mean_sd(values: list, digits: int = 3) -> str:
-    """`0.123 ± 0.004`: mean and standard deviation over seeds."""
-    return f"{statistics.fmean(values):.{digits}f} ± {sd(values):.{digits}f}"
 
 
 # Quantiles of Student's t, 0.975, by degrees of freedom
@@ -51,14 +45,6 @@ def estimate(values: list, digits: int = 2) -> str:
     return text if math.isnan(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def interval(differences: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of paired differences (n,): sentences drawn with replacement."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(differences), (draws, len(differences)), generator=generator)
-    means = differences[chosen].mean(1).sort().values
-    return means[int(0.025 * draws)].item(), means[int(0.975 * draws) - 1].item()
-
-
 def values_of(cells: list, method: str, group: str, measure: str) -> list:
     """A measure of `evaluate.score_methods` of one method, in each cell."""
     return [cell["scores"][method][group][measure] for cell in cells]
@@ -67,6 +53,12 @@ def values_of(cells: list, method: str, group: str, measure: str) -> list:
 def gaps(cells: list, method: str, group: str) -> list:
     """The gap that a method closes, in each cell."""
     return [evaluate.gap_closed(cell["scores"], method, group) for cell in cells]
+
+
+def relative(cells: list, method: str, group: str) -> list:
+    """A method's cosine error as a part of greedy decoding's, in each cell."""
+    both = zip(*(values_of(cells, row, group, "cosine_error") for row in (method, "ar_greedy")), strict=True)
+    return [share(error, greedy) for error, greedy in both]
 
 
 def exposures(cells: list, method: str, group: str) -> list:
@@ -87,11 +79,6 @@ def gained(cells: list, method: str, group: str, measure: str) -> list:
     return [a - b for a, b in zip(own, greedy, strict=True)]
 
 
-def psnr_gains(cells: list, method: str, group: str) -> list:
-    """By how many dB a method's images are better than those of greedy decoding, in each cell."""
-    return gained(cells, method, group, "psnr")
-
-
 def by_setting(cells: list, field: str) -> dict:
     """The cells of a study with settings, grouped and sorted: {setting: [cell of each seed]}."""
     grouped = {}
@@ -103,21 +90,6 @@ def by_setting(cells: list, field: str) -> dict:
 # Tables
 
 
-def gap_table(cells: list, methods, title: str) -> str:
-    """Gap closed by each method, over all and by task; tokens that are right, and PSNR gained, over all."""
-    heads = [*GROUPS, "tokens right", "dB gained"]
-    lines = [
-        f"gap closed, {title}, mean ± sd over {len(cells)} seeds",
-        f"{'':34}" + "".join(f"{head:>18}" for head in heads),
-    ]
-    for method in methods:
-        row = [mean_sd(gaps(cells, method, group)) for group in GROUPS]
-        row.append(mean_sd(values_of(cells, method, "all", "token_accuracy")))
-        row.append(mean_sd(psnr_gains(cells, method, "all"), 2))
-        lines.append(f"{method:34}" + "".join(f"{text:>18}" for text in row))
-    return "\n".join(lines)
-
-
 MEASURES = {
     "gap closed": gaps,
     "exposure removed": exposures,
@@ -125,6 +97,7 @@ MEASURES = {
     "tokens right, gained": lambda *which: gained(*which, "token_accuracy"),
     "dB gained": lambda *which: gained(*which, "psnr"),
 }
+OF_BOTH = ("exposure removed", "base error removed")  # need a method's output for the teacher-forced one too
 
 
 def measures_table(cells: list, methods, groups=("all",)) -> str:
@@ -134,20 +107,35 @@ def measures_table(cells: list, methods, groups=("all",)) -> str:
     for group in groups:
         lines += ["", f"{group:{width}}" + "".join(f"{name:>26}" for name in MEASURES)]
         for method in methods:
-            row = [
-                estimate(values(cells, method, group), 3 if name.startswith("tokens") else 2)
-                for name, values in MEASURES.items()
-            ]
-            lines.append(f"{method:{width}}" + "".join(f"{text:>26}" for text in row))
+            row, refined = [], method + evaluate.OF_FORCED in cells[0]["scores"]
+            for name, values in MEASURES.items():
+                known = refined or name not in OF_BOTH
+                digits = 3 if name.startswith("tokens") else 2
+                row.append(estimate(values(cells, method, group), digits) if known else "")
+            lines.append((f"{method:{width}}" + "".join(f"{text:>26}" for text in row)).rstrip())
     return "\n".join(lines)
 
 
+def backbone_line(cells: list) -> str:
+    """How good the backbone is by itself: over all tasks, mean over seeds with t intervals."""
+    which = (
+        ("teacher-forced error", "teacher_forced", "cosine_error", 4),
+        ("greedy", "ar_greedy", "cosine_error", 4),
+        ("tokens right", "ar_greedy", "token_accuracy", 3),
+    )
+    texts = [
+        f"{what} {estimate(values_of(cells, method, 'all', measure), digits)}"
+        for what, method, measure, digits in which
+    ]
+    return ", ".join(texts)
+
+
 def settings_table(cells: list) -> str:
-    """Gap closed, parameters, seconds and losses of the settings of a study that uses `runner.fit_each`.
+    """Measures, parameters, seconds and losses of the settings of a study that uses `runner.fit_each`.
 
     Seconds are medians over the seeds: a machine that was busy during one seed does not spoil them.
     """
-    lines = [gap_table(cells, cells[0]["cost"], "by setting"), ""]
+    lines = [measures_table(cells, cells[0]["cost"]), ""]
     heads = (("parameters", 12), ("of backbone", 12), ("seconds", 9), ("train loss", 12), ("val loss", 10))
     lines.append(f"{'':34}" + "".join(f"{head:>{width}}" for head, width in heads))
     for name, first in cells[0]["cost"].items():
@@ -210,13 +198,8 @@ def plot_stacked(path, cells: list, methods) -> None:
     figure = new_figure(len(GROUPS), 3.6, 0.8 + 0.35 * len(rows))
     for axis, group in zip(figure.axes, GROUPS, strict=True):
         place, left = list(range(len(rows)))[::-1], [0.0] * len(rows)
-        whole = values_of(cells, "ar_greedy", group, "cosine_error")
-
-        def part(row, group=group, whole=whole):
-            values = values_of(cells, row, group, "cosine_error")
-            return statistics.fmean(share(a, b) for a, b in zip(values, whole, strict=True))
-
-        base, total = [part(row) for row in rows.values()], [part(row) for row in rows]
+        base = [statistics.fmean(relative(cells, row, group)) for row in rows.values()]
+        total = [statistics.fmean(relative(cells, row, group)) for row in rows]
         exposure = [a - b for a, b in zip(total, base, strict=True)]
         for name, values, colour in (("base", base, "#8d99ae"), ("exposure", exposure, "#d1495b")):
             axis.barh(place, values, left=left, color=colour, height=0.7, label=name)

@@ -22,12 +22,11 @@ from data import TASKS
 from evaluate import method_name
 from studies import report
 from studies.report import GROUPS
-from studies.runner import OURS, Setup, fit, force_all, models_of, replay, score_refiners
+from studies.runner import OURS, READINGS, Setup, fit, force_all, models_of, replay, score_refiners
 
 MINUTES = 22
 SETTINGS = [{}]
 
-READINGS = ("tokens", OURS)  # of these the inputs are changed
 INPUTS = ("random corruption", "teacher-forced output", "half of both")
 METHODS = (
     *map(method_name, train_refiner.READINGS),

@@ -23,6 +23,7 @@ from vsr import Refiner, Rollout
 
 OURS = "tokens+query"  # what the project's own refiner reads
 READS = ("tokens", "query")
+READINGS = ("tokens", OURS)  # the paper's and ours: those that read what was written
 
 
 @dataclass
