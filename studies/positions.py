@@ -72,7 +72,7 @@ def show(cells: list) -> str:
     lines = ["what is made beyond the teacher-forced error, as a share of what greedy decoding makes of it"]
     for group in report.by_setting(cells, "scale").values():
         greedy = accumulated(group, "ar_greedy", "all")  # (seeds, N)
-        N, whole = greedy.shape[1], greedy.sum(1)
+        N, whole = greedy.shape[1], greedy.sum(1).tolist()
         late = round(LATE * N)
         parts = {
             "all": slice(0, N), "first third": slice(0, N // 3), "second": slice(N // 3, 2 * N // 3),
@@ -81,7 +81,8 @@ def show(cells: list) -> str:
         lines += ["", f"{f'{N} tokens, {len(group)} seeds':26}" + "".join(f"{name:>26}" for name in parts)]
         for method in ROWS:
             more = accumulated(group, method, "all")
-            row = [estimate((more[:, part].sum(1) / whole).tolist()) for part in parts.values()]
+            sums = [more[:, part].sum(1).tolist() for part in parts.values()]
+            row = [estimate(list(map(report.share, values, whole))) for values in sums]
             lines.append(f"{method:26}" + "".join(f"{text:>26}" for text in row))
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import vsr
 from studies import report
-from studies.runner import READINGS, Setup, fit_each, generate_all, models_of, part_of
+from studies.runner import READINGS, Setup, fit_each, generate_all, models_of
 from studies.timing import median_seconds
 
 MINUTES = 20
@@ -32,8 +32,7 @@ def shares_of_generation(setup: Setup, seed: int, settings: dict) -> dict:
     """What one pass over 64 images takes, as a part of their generation: {setting: share}."""
     models, timed = models_of(setup, seed), {}
     backbone, tokens = models.trained.backbone, models.test["tokens"][:64]
-    rollout = part_of(generate_all(setup, backbone, tokens), slice(64))
-    rollout = [values.to(setup.device) for values in rollout]
+    rollout = [values.to(setup.device) for values in generate_all(setup, backbone, tokens)]
     prompt = tokens[:, :-1].flatten(1).long().to(setup.device)
     timed["generation"] = functools.partial(backbone.generate, prompt, tokens.shape[2])
     for name, options in settings.items():

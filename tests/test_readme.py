@@ -16,7 +16,7 @@ import evaluate
 from data import TASKS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "results" / "first_edition" / "README.md"]
 TABLE = re.compile(r"(<!-- table of results/([\w/]+).*?-->\n```\n)(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")
 TABLES = [
@@ -120,6 +120,23 @@ def test_the_figures_of_the_readme_are_those_of_the_run():
     removed = evaluate.exposure_removed(scores, "refined_tokens", "all")
     assert f"removes {removed:.2f} of the exposure error" in words
     assert f"`expected_embedding`, closes {gap['expected_embedding'][0]}." in words
+
+
+def sections(page: Path) -> list:
+    """The parts of a page between its headings that have a table: (heading, table, sentences)."""
+    found = []
+    for part in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)[1:]:
+        tables = "\n".join(match[3] for match in TABLE.finditer(part))
+        if tables and "first_edition/" not in part:
+            prose = re.sub(r"```.*?```|<!--.*?-->|`[^`]*`|\]\([^)]*\)", " ", part, flags=re.DOTALL)
+            found.append(pytest.param(tables, prose, id=part.splitlines()[0]))
+    return found
+
+
+@pytest.mark.parametrize(("tables", "prose"), sections(PAGES[1]))
+def test_every_decimal_in_a_sentence_of_the_evidence_stands_in_the_table_above_it(tables, prose):
+    known = set(re.findall(r"\d+\.\d+", tables))
+    assert set(re.findall(r"\d+\.\d+", prose)) <= known
 
 
 def test_the_readme_is_short():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 import statistics
 import types
@@ -9,6 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -23,16 +25,16 @@ from studies import (
     demos,
     gpt2,
     hues,
-    lora,
     loss,
-    main,
     maturity,
+    positions,
     probe,
     report,
     rollout,
     runner,
     speed,
     stages,
+    tuning,
     window,
 )
 from studies.textbook import TextbookGPT
@@ -47,6 +49,14 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_pictures():
+    """To fit the parts of a picture takes most of its time, and nobody looks at these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "Figure", lambda layout, dpi, **options: Figure(dpi=50, **options))
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """All studies, run once by the real command: folders of results and models, flags, and a `Setup`."""
@@ -56,8 +66,10 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demos, "SETTINGS", demos.SETTINGS[:2])
         patch.setattr(maturity, "SETTINGS", [{"steps": 4}])
-        for name, few in {"TEMPERATURES": (0.5, 1.0), "RATES": (1.0,)}.items():
-            patch.setattr(maturity, name, few)
+        patch.setattr(maturity, "TEMPERATURES", (0.5, 1.0))
+        patch.setattr(tuning, "RATES", (1.0,))
+        patch.setattr(positions, "LARGER", {**positions.LARGER, "vqgan": {"steps": 4, "batch_size": 8}})
+        patch.setattr(stages, "PRODUCT", 256)
         for name, few in {"TEMPERATURES": (0.5, 1.0), "TOP_P": (1.0,), "WIDTHS": (2,)}.items():
             patch.setattr(decoding, name, few)
         patch.setattr(window, "RADII", (1, None))
@@ -83,9 +95,7 @@ def test_every_study_writes_a_picture_and_a_table_of_all_its_cells(finished):
         result = result_of(finished.out, name)
         assert (finished.out / f"{name}.png").stat().st_size > 5000
         assert len(result["table"]) > 2
-        assert len(result["cells"]) == {"positions": 0, "demos": 2, "maturity": 1}.get(
-            name, len(study.SETTINGS)
-        )
+        assert len(result["cells"]) == {"demos": 2, "maturity": 1}.get(name, len(study.SETTINGS))
 
 
 def test_every_study_says_what_it_asks():
@@ -93,31 +103,28 @@ def test_every_study_says_what_it_asks():
         text = " ".join(study.__doc__.split())
         assert "?" in text[:110], f"{name}: the question comes first"
         assert "First edition: " in text or "before it was run" in text
-        assert study.MINUTES >= 0
-        assert hasattr(study, "run") != hasattr(study, "CELLS_OF")
+        assert study.MINUTES > 0
 
 
-def test_main_holds_every_method_and_control(finished):
-    result = result_of(finished.out, "main")
-    (cell,) = result["cells"]
-    assert cell["scores"].keys() >= set(main.ROWS)
+def test_the_score_of_a_method_is_the_mean_of_its_sentences(finished):
+    (cell,) = result_of(finished.out, "rollout")["cells"]
+    assert cell["by_sentence"].keys() == cell["scores"].keys() >= {*rollout.METHODS, "ar_greedy"}
     for method, errors in cell["by_sentence"].items():
         assert len(errors) == 24
         assert sum(errors) / 24 == pytest.approx(cell["scores"][method]["all"]["cosine_error"], abs=1e-4)
-    cost = cell["cost"]
-    assert cost["no_attention"]["params"] < cost["refined_tokens+query"]["params"]
-    assert cost["parallel"]["params"] < cost["refined_tokens+query"]["params"]
-    assert cost["longer_backbone"]["params"] == cell["backbone_params"]
-    assert all(cost[method]["overhead"] > 0 for method in ("parallel", *main.REFINED))
-    mean, low, high = result["intervals"]["ar_greedy - refined_tokens+query"]["all"]
-    assert low <= mean <= high
 
 
-def test_positions_shows_the_cells_of_main(finished):
-    (cell,) = result_of(finished.out, "main")["cells"]
-    curve = result_of(finished.out, "positions")["curves"]["ar_greedy"]
-    assert curve == pytest.approx(cell["scores"]["ar_greedy"]["all"]["cosine_error_by_position"], abs=1e-5)
-    assert sum(curve) == pytest.approx(cell["scores"]["ar_greedy"]["all"]["auc"], abs=1e-4)
+def test_positions_are_those_of_short_and_of_long_images(finished):
+    """Twice the side has four times the tokens, and the curves of all methods are that long."""
+    cells, lengths = result_of(finished.out, "positions")["cells"], []
+    for cell in cells:
+        scores = {method: cell["scores"][method]["all"] for method in ("teacher_forced", *positions.ROWS)}
+        lengths += {len(score["cosine_error_by_position"]) for score in scores.values()}
+        for score in scores.values():
+            assert sum(score["cosine_error_by_position"]) == pytest.approx(score["auc"], abs=1e-4)
+        assert cell["steps"] == 2, "a quarter of the pretraining's"
+    assert [cell["cell"]["scale"] for cell in cells] == [1, 2]
+    assert lengths[1] == 4 * lengths[0]
 
 
 def test_an_interrupted_study_goes_on_with_the_missing_cells(finished, command, tmp_path, monkeypatch):
@@ -139,7 +146,7 @@ class Killed(BaseException):
 
 
 def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, command, tmp_path, monkeypatch):
-    """Killed in the fourth of five refiners of 4 steps; what trains is saved every 2 steps here."""
+    """Killed in the fourth of ten refiners of 4 steps; what trains is saved every 2 steps here."""
     real, steps = train_refiner.optimizer_step, []
 
     def step_until(last, *args):
@@ -154,12 +161,12 @@ def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, command, 
     with pytest.raises(Killed):
         command(studies, "loss", *finished.flags, "--out", tmp_path)
     unfinished = finished.work / "unfinished-loss-0"
-    assert (unfinished / "cosine + cross-entropy.progress").is_file()
+    assert (unfinished / "tokens, cosine + cross-entropy.progress").is_file()
     assert not (tmp_path / "loss.json").exists()
     steps.clear()
     monkeypatch.setattr(train_refiner, "optimizer_step", functools.partial(step_until, 100))
     assert command(studies, "loss", *finished.flags, "--out", tmp_path).status == 0
-    assert len(steps) == 2 + 4, "half of the fourth, and the fifth; nothing of the first three"
+    assert len(steps) == 2 + 6 * 4, "half of the fourth, and the last six; nothing of the first three"
     (resumed,), (whole,) = (result_of(folder, "loss")["cells"] for folder in (tmp_path, finished.out))
     assert resumed["by_sentence"] == whole["by_sentence"]
     assert not unfinished.exists()
@@ -177,11 +184,11 @@ def test_a_study_alone_trains_what_it_needs(finished, command, tmp_path):
 
 
 def test_results_of_another_configuration_are_refused(finished, command):
-    before = (finished.out / "main.json").read_bytes()
-    result = command(studies, "main", *finished.flags, "--gpt-steps", "21")
+    before = (finished.out / "rollout.json").read_bytes()
+    result = command(studies, "rollout", *finished.flags, "--gpt-steps", "21")
     assert (result.status, len(result.err)) == (2, 1)
     assert "gpt.steps = 8, now 21" in result.err[0]
-    assert (finished.out / "main.json").read_bytes() == before
+    assert (finished.out / "rollout.json").read_bytes() == before
 
 
 def test_speed_is_of_one_machine(finished, command, monkeypatch):
@@ -196,12 +203,11 @@ def test_speed_is_of_one_machine(finished, command, monkeypatch):
     [
         (["nothing"], "nothing"),
         ([], "NAME"),
-        (["main", "--seeds", "0"], "--seeds 0"),
-        (["positions"], "python -m studies main"),
-        (["main", "--preset", "large"], "large"),
-        (["main", "--study-lora-rank", "many"], "many"),
-        (["main", "--study-samples", "0"], "--study-samples 0"),
-        (["main", "--study-lora-learning-rate", "0"], "--study-lora-learning-rate 0"),
+        (["main"], "main"),
+        (["rollout", "--seeds", "0"], "--seeds 0"),
+        (["rollout", "--preset", "large"], "large"),
+        (["rollout", "--study-lora-rank", "many"], "many"),
+        (["rollout", "--study-samples", "0"], "--study-samples 0"),
     ],
 )
 def test_a_mistake_gets_one_line(command, tmp_path, flags, named):
@@ -214,59 +220,15 @@ def test_a_refiner_that_is_too_narrow_is_named(finished, command, tmp_path):
     flags = [*finished.flags, "--refiner-heads", "16", "--out", tmp_path / "results"]
     result = command(studies, "size", *flags, "--work", tmp_path / "work")
     assert result.status == 2
-    assert "1 x 8: 16 heads in a width of 8" in result.err[-1]
+    assert "tokens, 1 x 8: 16 heads in a width of 8" in result.err[-1]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"config": {}}', "\udcff"])
 def test_a_file_that_is_no_result_is_named(command, tmp_path, text):
-    (tmp_path / "main.json").write_bytes(text.encode(errors="surrogateescape"))
-    result = command(studies, "main", "--preset", "smoke", "--out", tmp_path, "--work", tmp_path / "work")
+    (tmp_path / "loss.json").write_bytes(text.encode(errors="surrogateescape"))
+    result = command(studies, "loss", "--preset", "smoke", "--out", tmp_path, "--work", tmp_path / "work")
     assert (result.status, len(result.err)) == (2, 1)
-    assert "main.json" in result.err[0]
-
-
-# Statistics
-
-
-def test_interval_covers_the_true_mean_19_times_in_20():
-    generator = torch.Generator().manual_seed(0)
-    inside = 0
-    for _ in range(100):
-        low, high = report.interval(torch.randn(100, generator=generator) + 3, draws=500)
-        inside += low <= 3 <= high
-    assert 88 <= inside <= 99
-    assert report.interval(torch.zeros(50)) == (0, 0)
-
-
-def test_interval_narrows_with_the_square_root_of_the_sentences():
-    values = torch.randn(6400, generator=torch.Generator().manual_seed(0))
-    narrow, wide = report.interval(values, draws=500), report.interval(values[:400], draws=500)
-    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(4, rel=0.25)
-
-
-def test_mean_sd():
-    assert report.mean_sd([1.0, 3.0]) == "2.000 ± 1.414"
-    assert report.mean_sd([0.5]) == "0.500 ± 0.000"
-    assert report.mean_sd([float("nan"), 1.0]) == "nan ± nan"
-
-
-def cell_of(errors: dict, **more) -> dict:
-    """A cell in which methods have these cosine errors."""
-    scores = {method: {"all": {"cosine_error": error}} for method, error in errors.items()}
-    return {"scores": scores, **more}
-
-
-def test_attention_share():
-    errors = {"ar_greedy": 0.5, "ar_sampled": 0.6, "teacher_forced": 0.1, "full": 0.1, "alone": 0.4}
-    cell = cell_of(errors)
-    assert report.gaps([cell], "full", "all") == [pytest.approx(1)]
-    assert main.attention_share([cell], "full", "alone") == [pytest.approx(0.75)]
-
-
-def test_differences_are_of_the_sentences_of_a_task():
-    cell = {"by_sentence": {"a": [3.0, 5.0, 7.0], "b": [1.0, 1.0, 1.0]}, "task": [0, 1, 0]}
-    assert main.differences([cell, cell], "a", "b", "all").tolist() == [2, 4, 6, 2, 4, 6]
-    assert main.differences([cell], "a", "b", data.TASKS[0]).tolist() == [2, 6]
+    assert "loss.json" in result.err[0]
 
 
 # Backbones
@@ -320,50 +282,44 @@ def test_rotary_attention_sees_distances_not_positions():
 # Controls and variants
 
 
-def test_best_of_n_is_the_likeliest_sample(finished):
-    """With more samples the chosen one can only become likelier."""
+def test_the_likeliest_of_more_samples_is_no_less_likely(finished):
     models = runner.models_of(finished.setup, 0)
-    backbone, prompt = models.trained.backbone, models.test["tokens"][:, :-1].flatten(1).long()
+    backbone, tokens = models.trained.backbone, models.test["tokens"]
 
-    def likelihood(tokens):
-        logits = backbone.logits(backbone.replay(prompt, tokens).states)
-        return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+    def likelihood(n):
+        samples = decoding.samples_of(finished.setup, backbone, tokens, n, 1.0, 0)
+        states = backbone.replay(tokens[:, :-1].flatten(1).long(), decoding.likeliest(*samples)).states
+        chosen = decoding.likeliest(*samples)[..., None]
+        return backbone.logits(states).log_softmax(-1).gather(-1, chosen)[..., 0].sum(1)
 
-    few, more = (likelihood(main.best_of_n(finished.setup, models, n, seed=0)) for n in (1, 6))
+    few, more = likelihood(1), likelihood(6)
     assert (more >= few - 1e-3).all()
     assert (more > few + 1e-3).any()
-
-
-def test_lora_and_a_longer_backbone_leave_the_frozen_one_alone(finished):
-    models = runner.models_of(finished.setup, 0)
-    before = {name: value.clone() for name, value in models.trained.backbone.state_dict().items()}
-    for tuning in (lora.tuned_by_lora, lora.tuned_for_longer):
-        tuned = tuning(finished.setup, models, 0)
-        state = tuned.backbone.state_dict()
-        assert min(tuned.params, tuned.val_loss, tuned.seconds) > 0
-        assert state.keys() == before.keys()
-        assert any(not torch.equal(state[name], value) for name, value in before.items())
-        assert not any(p.requires_grad for p in tuned.backbone.parameters())
-    for name, value in models.trained.backbone.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("reads", [("tokens",), ("tokens", "query"), ("tokens", "states", "query")])
 def test_variants_of_the_refiner_compute_the_same_change(reads):
     config = vsr.RefinerConfig(layers=1, heads=2, width=16, dropout=0.0)
-    refiner, free, absolute = (
-        make(config, reads, (2, 3), 5, 4).eval() for make in (vsr.Refiner, loss.Unnormalised, loss.Absolute)
-    )
+    makes = (vsr.Refiner, loss.Unnormalised, loss.Scaled, loss.Absolute)
+    refiner, free, scaled, absolute = (make(config, reads, (2, 3), 5, 4).eval() for make in makes)
     e = F.normalize(torch.randn(2, 6, 5), dim=-1)
     states, query = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
     assert torch.allclose(free(e, states, query), e, atol=1e-6), "an untrained one changes nothing"
     assert not torch.allclose(absolute(e, states, query), e, atol=0.1), "nothing to start from"
     refiner.load_state_dict(absolute.state_dict())
     free.load_state_dict(absolute.state_dict())
+    scaled.load_state_dict(absolute.state_dict(), strict=False)  # it has its length besides
     refined, change = refiner(e, states, query), free(e, states, query) - e
     assert torch.allclose(refined, F.normalize(e + change, dim=-1), atol=1e-5)
     assert torch.allclose(absolute(e, states, query), F.normalize(change, dim=-1), atol=1e-4)
     assert not torch.allclose(refined, e, atol=1e-2)
+    codebook = F.normalize(torch.randn(30, 5), dim=-1)
+    for length in (10.0, 0.5):
+        assert torch.allclose(scaled(e, states, query), length * refined, atol=1e-4)
+        assert torch.equal(
+            vsr.nearest_code(scaled(e, states, query), codebook), vsr.nearest_code(refined, codebook)
+        )
+        torch.nn.init.constant_(scaled.log_length, math.log(0.5))
 
 
 def test_a_forced_token_is_another_one_that_stands_there_elsewhere():
@@ -376,9 +332,19 @@ def test_a_forced_token_is_another_one_that_stands_there_elsewhere():
 
 
 def test_damage_is_summed_behind_the_wrong_token():
-    cell = {"positions": [0, 2], "damage": {"backbone": [[9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 9.0, 5.0]]}}
+    cell = {"positions": [0, 2], "forced": {"backbone": [[9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 9.0, 5.0]]}}
     assert probe.summed_after(cell, "backbone") == [6, 5]
-    assert probe.by_distance([cell], "backbone") == [3, 2, 3]
+
+
+def test_the_first_wrong_token_is_where_the_truth_is_left():
+    truth = torch.tensor([[3, 1, 2]] * 4)
+    tokens = torch.tensor([[3, 1, 2], [3, 0, 0], [0, 1, 2], [3, 1, 0]])
+    assert probe.first_wrong(tokens, truth).tolist() == [3, 1, 0, 2]
+
+
+def test_what_is_taken_back_is_the_part_of_the_backbones_damage_that_is_gone():
+    cells = [{"backbone": 4.0, "x": 1.0}, {"backbone": 2.0, "x": 3.0}, {"backbone": 2.0, "x": 0.0}]
+    assert probe.taken_back(cells, "x", lambda cell, name: cell[name]) == [0.75, -0.5, 1]
 
 
 # Speed
@@ -449,6 +415,12 @@ def test_the_t_interval_is_students():
     assert report.estimate([0.5]) == "0.50"
 
 
+def test_sd():
+    assert report.sd([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert report.sd([0.5]) == 0
+    assert math.isnan(report.sd([math.nan, 1.0]))
+
+
 def test_the_t_interval_covers_the_true_mean_19_times_in_20():
     generator = random.Random(0)
     for seeds in (2, 3, 5, 10):
@@ -475,6 +447,7 @@ def test_measures_are_differences_and_shares_within_a_seed():
     expected = {"gap closed": 2 / 3, "exposure removed": 1 / 3, "base error removed": 0.5}
     for name, values in report.MEASURES.items():
         assert values(cells, "x", "all") == pytest.approx([expected.get(name, 0)] * 2)
+    assert report.relative(cells, "x", "all") == pytest.approx([0.6, 0.6]), "of greedy decoding's error"
 
 
 # The window, and what a corruption and a hue are

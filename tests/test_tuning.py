@@ -1,0 +1,226 @@
+"""Tuning: the other ways to spend parameters and steps on a trained backbone."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train_refiner
+from studies import tuning
+from studies.runner import Setup, StudyConfig, count
+from vsr import GPT, GPTConfig, RefinerConfig, Rollout
+
+V, N, IMAGES = 11, 6, 4
+CODES = 60  # of the backbones that are tuned: a sentence is known by its first token
+PEAK = 0.01
+
+
+@pytest.fixture
+def gpt():
+    return GPT(GPTConfig(layers=2, heads=2, width=16, dropout=0.0), V, N, IMAGES).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(V, (2, IMAGES * N))
+
+
+def test_lora_starts_as_the_model_and_trains_the_adapters_alone(gpt, tokens):
+    model = copy.deepcopy(gpt)
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    adapters = tuning.add_lora(model, rank=2)
+    assert torch.allclose(model(tokens), gpt(tokens), atol=1e-6)
+    assert len(adapters) == 2 * 4 * len(gpt.blocks), "attention's two and the MLP's two layers of each block"
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapters}
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+    for _ in range(3):
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    now = {
+        name.replace("parametrizations.weight.original", "weight"): p for name, p in model.named_parameters()
+    }
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    assert not torch.allclose(model(tokens), gpt(tokens), atol=1e-3)
+
+
+def test_a_merged_lora_is_an_ordinary_model_with_the_same_logits(gpt, tokens):
+    model = copy.deepcopy(gpt)
+    for adapter in tuning.add_lora(model, rank=2):
+        torch.nn.init.normal_(adapter, std=0.2)
+    before = model(tokens)
+    tuning.merge_lora(model)
+    assert model.state_dict().keys() == gpt.state_dict().keys()
+    assert torch.allclose(model(tokens), before, atol=1e-5)
+    change = model.blocks[0].mlp[0].weight - gpt.blocks[0].mlp[0].weight
+    assert torch.linalg.matrix_rank(change) == 2
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_works_on_a_backbone_of_another_floating_type(gpt, tokens, dtype, when):
+    if when == "before":
+        gpt.to(dtype)
+    for adapter in tuning.add_lora(gpt, rank=2):
+        torch.nn.init.normal_(adapter, std=0.02)
+    gpt.to(dtype)
+    logits = gpt(tokens)
+    tuning.merge_lora(gpt)
+    assert torch.allclose(gpt(tokens).float(), logits.float(), atol=0.05)
+    assert gpt.generate(tokens[:, :-N], N).tokens.shape == (2, N)
+
+
+# Tuning
+
+
+@pytest.fixture
+def setup(tmp_path):
+    config = {
+        "gpt": GPTConfig(learning_rate=PEAK),
+        "refiner": RefinerConfig(rollout_batch=7),
+        "study": StudyConfig(lora_rank=3),
+    }
+    return Setup(config, tmp_path, tmp_path / "unfinished", torch.device("cpu"), torch.float32)
+
+
+class Noting(GPT):
+    """A backbone that notes whether it learns, and the sentences it is given, by their first token."""
+
+    def hidden(self, inputs, cache=None, start=0):
+        if start == 0:
+            self.noted.append((torch.is_grad_enabled(), self.training, inputs[:, 1].tolist()))
+        return super().hidden(inputs, cache, start)
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """A backbone, sentences 0 to 15 to train on and 16 to 55 to validate; what was written is far from true.
+
+    Copies of the backbone note in the same list.
+    """
+    monkeypatch.setattr(Noting, "noted", [], raising=False)
+    config = GPTConfig(layers=1, heads=2, width=16, head_width=8, dropout=0.0)
+    backbone = Noting(config, CODES, N, IMAGES).eval().requires_grad_(False)
+    for p in backbone.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.4)
+    number = torch.arange(56)[:, None] + 3 * torch.arange(IMAGES * N)
+    tokens = number.remainder(CODES).view(-1, IMAGES, N).short()
+    trained = SimpleNamespace(backbone=backbone, tokens={"train": tokens[:16], "val": tokens[16:]})
+    written = (tokens[:16, -1] + 7).remainder(CODES)
+    return SimpleNamespace(trained=trained, codebook=torch.eye(CODES), known=(tokens[:16], written))
+
+
+def batches(models, size=16):
+    def batch_of(generator):
+        rows = torch.randint(len(models.known[0]), (size,), generator=generator)
+        return models.known[0][rows], models.known[1][rows]
+
+    return batch_of
+
+
+def logits_behind(backbone, tokens, written) -> torch.Tensor:
+    """Of the last image, one position after the other, from the prompt and what was written before it."""
+    found = []
+    for t in range(N):
+        known = torch.cat([tokens[:, :-1].flatten(1), written[:, :t]], dim=1).long()
+        found.append(
+            backbone.logits(backbone.hidden(F.pad(known, (1, 0), value=backbone.start_token))[:, -1])
+        )
+    return torch.stack(found, dim=1)
+
+
+def test_the_loss_on_own_prefixes_is_of_the_true_token_behind_what_was_written(setup, models):
+    backbone, (tokens, written) = models.trained.backbone, models.known
+    logits = logits_behind(backbone, tokens, written)
+    expected = F.cross_entropy(logits.mT, tokens[:, -1].long())
+    found = tuning.own_prefix_loss(setup, backbone, tokens, written)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert found.item() != pytest.approx(F.cross_entropy(logits.mT, written.long()).item(), abs=0.1)
+    sentences = tokens.flatten(1).long()
+    expected = F.cross_entropy(backbone(sentences).mT, sentences).item()
+    assert tuning.whole_loss(setup, backbone, tokens, written).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", tuning.TUNED)
+def test_a_backbone_is_tuned_as_it_is_called(setup, models, monkeypatch, kind):
+    """By its loss, at its rates; LoRA changes the layers of the blocks by a low rank, the others all."""
+    backbone, losses, rates, step = models.trained.backbone, [], [], train_refiner.optimizer_step
+    before = copy.deepcopy(backbone.state_dict())
+    for name in ("whole_loss", "own_prefix_loss"):
+        real = getattr(tuning, name)
+        noting = lambda *args, name=name, real=real: losses.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(tuning, name, noting)
+    monkeypatch.setattr(train_refiner, "optimizer_step", lambda *args: rates.append(args[-1]) or step(*args))
+    made = tuning.tuned(setup, kind, backbone, 30, 0.5, batches(models), 5)
+    assert losses == 30 * ["whole_loss" if kind == "pretrained further" else "own_prefix_loss"]
+    assert rates == [train_refiner.scheduled_rate(step, 30, 0.5 * PEAK) for step in range(30)]
+    layers = {n for n, module in backbone.blocks.named_modules() if isinstance(module, nn.Linear)}
+    layers = {f"blocks.{name}.weight" for name in layers}
+    after = made.state_dict()
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        change = after[name] - weight
+        assert change.any() == (name in layers or not kind.startswith("LoRA")), name
+        if kind.startswith("LoRA") and name in layers:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 3
+        assert torch.equal(backbone.state_dict()[name], weight), "the backbone of the seed is frozen"
+    assert not any(p.requires_grad for p in (*made.parameters(), *backbone.parameters()))
+    assert not made.training
+    assert all(learns == training for learns, training, _ in Noting.noted)
+    assert count(made) == count(backbone)
+
+
+@pytest.mark.parametrize("kind", tuning.TUNED)
+def test_tuning_begins_with_the_trained_backbone(setup, models, kind):
+    """At a rate of nearly zero it stays what it was."""
+    before = models.trained.backbone.state_dict()
+    made = tuning.tuned(setup, kind, models.trained.backbone, 3, 1e-7, batches(models), 5)
+    for name, weight in made.state_dict().items():
+        assert torch.allclose(weight, before[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", tuning.TUNED)
+def test_tuning_is_on_known_sentences_and_its_rate_is_chosen_on_validation_ones(
+    setup, models, monkeypatch, kind
+):
+    monkeypatch.setattr(tuning, "RATES", (1e-6, 1.0))
+    models.known = tuple(part[4:] for part in models.known)
+    backbone, (tokens, written) = models.trained.backbone, models.known
+    made, rate, seconds = tuning.tuned_at_best(setup, kind, models, models.known, 24, 16, 5)
+    assert seconds > 0
+    learnt = {row for learns, _, rows in Noting.noted if learns for row in rows}
+    assert learnt == set(range(4, 16))
+    measured = [row for learns, _, rows in Noting.noted if not learns for row in rows]
+    assert measured == 2 * list(range(16, 56)), "once for each rate"
+    loss_of = tuning.whole_loss if kind == "pretrained further" else tuning.own_prefix_loss
+    now, before = (loss_of(setup, model, tokens, written).item() for model in (made, backbone))
+    assert now < before - (0.1 if rate == 1 else 0)
+
+
+def test_the_rate_with_the_least_error_on_validation_sentences_has_all_steps(setup, models, monkeypatch):
+    """Of four rates the third leaves the fewest wrong tokens."""
+    wrong, tried, val = {1.0: 4, 0.3: 3, 0.1: 1, 0.03: 2}, [], models.trained.tokens["val"]
+
+    def tuned(setup, kind, backbone, steps, rate, batch_of, seed):
+        tokens, y = batch_of(torch.Generator().manual_seed(1))
+        assert tokens.shape[0] == y.shape[0] == 9
+        assert torch.equal((tokens[:, -1] + 7).remainder(CODES), y), "what was written for these"
+        assert (kind, backbone, seed) == (tuning.TUNED[1], models.trained.backbone, 5)
+        tried.append((rate, steps))
+        return rate, steps
+
+    def generate(setup, model, tokens):
+        assert torch.equal(tokens, val)
+        return Rollout((val[:, -1] + (torch.arange(N) < wrong[model[0]])).remainder(CODES))
+
+    monkeypatch.setattr(tuning, "tuned", tuned)
+    monkeypatch.setattr(tuning, "generate_all", generate)
+    model, rate, _ = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
+    assert tried == [(1.0, 10), (0.3, 10), (0.1, 10), (0.03, 10), (0.1, 80)]
+    assert (model, rate) == ((0.1, 80), 0.1)
