@@ -7,7 +7,6 @@ trainings that go on after a kill, more than one process.
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -20,6 +19,7 @@ import time
 import typing
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -193,29 +193,12 @@ def locked(folder, flag: str = "--out", wait: bool = False):
     The operating system ends the lock with its process, however that ends.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a") as file:
-        while not try_lock(file):
-            if not wait:
-                advice = f"another process is at work there; wait for it, or give another {flag}"
-                raise InUse(f"{flag} {folder}: {advice}")
-            time.sleep(1)
-        yield
-
-
-def try_lock(file) -> bool:
-    """Lock an open file until it is closed; False if another has locked it."""
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a disk that knows no locks
-    return True
+        with filelock.FileLock(Path(folder) / ".lock", timeout=-1 if wait else 0):
+            yield
+    except filelock.Timeout:
+        advice = f"another process is at work there; wait for it, or give another {flag}"
+        raise InUse(f"{flag} {folder}: {advice}") from None
 
 
 def save(path, content: dict) -> None:
