@@ -40,7 +40,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", default=out, help=f"folder for what is written (default: {out})")
         self.add_argument("--seed", type=seed, default=0, help="of data, initialisation and batches")
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-        self.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+        self.add_argument(
+            "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="precision"
+        )
 
     def add_config(self, config_class, prefix: str = "", skip: tuple = ()) -> None:
         """Add one flag a field; the annotations are `Annotated[type, help]`, with a range if need be."""
@@ -137,8 +139,6 @@ def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torc
             if begun != name:
                 print(f"--dtype {begun}: {run} was begun in it; here, --dtype auto would be {name}")
                 name = begun
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {name}: expected auto, float32 or bfloat16")
     return getattr(torch, name)
 
 

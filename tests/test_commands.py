@@ -608,7 +608,7 @@ MISTAKES = {
         ("--vqgan-gan-weight 0.5 --vqgan-gan-start nan", "--vqgan-gan-start"),
         ("--device meta", "--device meta"),
         ("--device abacus", "--device abacus"),
-        ("--dtype int3", "--dtype int3"),
+        ("--dtype int3", "--dtype"),
         ("--out {tmp}/file/below", "--out"),
         ("--palette rainbow", "--palette rainbow"),
         ("--weights {tmp}/weights.bin", "--weights"),
