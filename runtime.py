@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -40,9 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", default=out, help=f"folder for what is written (default: {out})")
         self.add_argument("--seed", type=seed, default=0, help="of data, initialisation and batches")
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-        self.add_argument(
-            "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="precision"
-        )
+        self.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
 
     def add_config(self, config_class, prefix: str = "", skip: tuple = ()) -> None:
         """Add one flag a field; the annotations are `Annotated[type, help]`, with a range if need be."""
@@ -166,7 +165,7 @@ def write_whole(path, write) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason})") from error
+        raise UserError(f"{path}: cannot be written ({reason})") from None
     finally:
         if temporary.is_file():
             temporary.unlink()
@@ -174,12 +173,11 @@ def write_whole(path, write) -> None:
 
 def check_writable(folder, flag: str = "--out") -> None:
     """Make `folder` if need be; raises UserError if nothing can be written there."""
-    probe = Path(folder) / f".probe.{os.getpid()}"
     try:
-        write_whole(probe, Path.touch)
-    except UserError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.__cause__.strerror})") from None
-    probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
 
 
 class InUse(UserError):
@@ -215,10 +213,9 @@ def load_checkpoint(path) -> dict:
         raise UserError(f"{path}: no such checkpoint; train one with `python train_refiner.py`")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        content.get("config").keys()
     except Exception as error:  # a truncated file, another format, a pickle with code in it
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise UserError(f"{path}: not a checkpoint of this project (no configuration in it)")
     return content
 
 
