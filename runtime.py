@@ -350,11 +350,13 @@ def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
         raise UserError(f"{path}: {advice}") from None
 
 
-def check_finite(loss: torch.Tensor, name: str, step: int, flag: str, rate: float) -> None:
-    """Raise UserError, with what to try, if a training's loss is no longer finite."""
-    if not torch.isfinite(loss):
-        at = f"the loss is {loss.item()} at step {step}, learning rate {rate:.2g}"
+def finite_mean(loss: torch.Tensor, name: str, step: int, flag: str, rate: float) -> float:
+    """A training's loss, the mean over all processes. UserError, with what to try, if it is not finite."""
+    value = mean_of_all(loss).item()
+    if not math.isfinite(value):
+        at = f"the loss is {value} at step {step}, learning rate {rate:.2g}"
         raise UserError(f"{name}: {at}; try a lower {flag}")
+    return value
 
 
 # More than one process. All draw the same batches from the same seeds, each works on its rows of them,
@@ -389,14 +391,9 @@ def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
     return device
 
 
-def rank_and_size() -> tuple[int, int]:
-    """The rank of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return rank_and_size()[0] == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def end_processes() -> bool:
@@ -410,7 +407,7 @@ def end_processes() -> bool:
 
 def own_rows(total: int) -> slice:
     """The rows of a batch of `total` that this process works on."""
-    rank, size = rank_and_size()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(rank * total // size, (rank + 1) * total // size)
 
 
@@ -426,10 +423,11 @@ def all_rows(own: torch.Tensor, total: int) -> torch.Tensor:
 
 def mean_of_all(own: torch.Tensor) -> torch.Tensor:
     """The mean over all processes, without a gradient."""
-    mean = own.detach()
+    mean = own.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(mean := mean.clone())
-    return mean / rank_and_size()[1]
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
 
 
 def parallel(model: torch.nn.Module) -> torch.nn.Module:

@@ -185,8 +185,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
             z = runtime.all_rows(z.detach(), config.batch_size)
             model.codebook.revive(z.flatten(0, 1), config.revive_every, generator)
         if step % 20 == 0 or step == config.steps - 1:
-            flag = "--vqgan-learning-rate"
-            runtime.check_finite(runtime.mean_of_all(loss), "tokenizer", step, flag, rate)
+            runtime.finite_mean(loss, "tokenizer", step, "--vqgan-learning-rate", rate)
             losses = (pixels, slopes, commitment_loss, adversarial, d_loss)
             values = [runtime.mean_of_all(x).item() for x in losses] + [len(tokens.unique())]
             log["step"].append(step)
@@ -231,12 +230,10 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
         optimizer_step(loss, model, optimizers, rate)
 
         if step % 20 == 0 or step == config.steps - 1:
-            loss = runtime.mean_of_all(loss)
-            runtime.check_finite(loss, "backbone", step, "--gpt-learning-rate", rate)
             log["step"].append(step)
-            log["loss"].append(loss.item())
+            log["loss"].append(runtime.finite_mean(loss, "backbone", step, "--gpt-learning-rate", rate))
             speed = config.batch_size * tokens.shape[1] * (bar.format_dict["rate"] or 0)
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{log['loss'][-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             model.eval()
             losses, right = [], []
@@ -334,10 +331,8 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
         optimizer_step(loss, refiner, optimizers, rate)
 
         if step % 20 == 0 or step == config.steps - 1:
-            loss = runtime.mean_of_all(loss)
-            runtime.check_finite(loss, "refiner", step, "--refiner-learning-rate", rate)
             log["step"].append(step)
-            log["loss"].append(loss.item())
+            log["loss"].append(runtime.finite_mean(loss, "refiner", step, "--refiner-learning-rate", rate))
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             refiner.eval()
             with torch.no_grad():
@@ -346,7 +341,7 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
             refiner.train()
             log["val_step"].append(step)
             log["val_loss"].append(total / len(targets["val"]))
-            bar.set_postfix(loss=f"{loss.item():.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{log['loss'][-1]:.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
     return refiner.eval().requires_grad_(False), log
 
 
