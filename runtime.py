@@ -37,12 +37,6 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
-    def add_run_flags(self, out: str) -> None:
-        self.add_argument("--out", default=out, help=f"folder for what is written (default: {out})")
-        self.add_argument("--seed", type=seed, default=0, help="of data, initialisation and batches")
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-        self.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-
     def add_config(self, config_class, prefix: str = "", skip: tuple = ()) -> None:
         """Add one flag a field; the annotations are `Annotated[type, help]`, with a range if need be."""
         group = self.add_argument_group(f"{config_class.__name__}: {config_class.__doc__.splitlines()[0]}")
@@ -293,46 +287,42 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     if progress and progress[0].is_file():
         first = resume(name, log, parts, *progress)
         print(f"{name}: goes on at {unit} {first} of {steps}")
-    began, earlier = time.perf_counter(), log["earlier_seconds"]
-    interrupts, saved_steps = [], [first]
-    weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
-
-    def keep(step: int) -> None:
-        if all(p.isfinite().all() for p in weights):
-            content = {"config": progress[1], "step": step, "random": torch.get_rng_state()}
-            content["parts"] = {key: get_or_set_state(part) for key, part in parts.items()}
-            seconds = earlier + time.perf_counter() - began
-            save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
-            saved_steps.append(step)
+    began, earlier, interrupted = time.perf_counter(), log["earlier_seconds"], threading.Event()
 
     def interrupt(*_) -> None:
-        interrupts.append(True)
+        interrupted.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
 
+    def finite() -> bool:
+        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        return all(p.isfinite().all() for module in modules for p in module.parameters())
+
     def run():
-        listens = progress is not None and threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGINT, interrupt) if listens else None
+        saved, handler = first, signal.signal(signal.SIGINT, interrupt) if progress else None
         try:
             for step in range(first, steps):
                 yield step  # here the loop does its work
-                if progress and is_first() and (interrupts or step % every == every - 1):
-                    keep(step + 1)
-                if interrupts and is_first():  # one that left earlier would keep it from saving
-                    raise KeyboardInterrupt(f"{name}: {unit} {saved_steps[-1]} of {steps} is saved")
-            if not all(p.isfinite().all() for p in weights):  # no loss has seen the last update
+                stops, due = interrupted.is_set(), step % every == every - 1
+                if progress and is_first() and (stops or due) and finite():
+                    content = {"config": progress[1], "step": step + 1, "random": torch.get_rng_state()}
+                    content["parts"] = {key: state_of(part) for key, part in parts.items()}
+                    seconds = earlier + time.perf_counter() - began
+                    save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+                    saved = step + 1
+                if stops and is_first():  # one that left earlier would keep it from saving
+                    raise KeyboardInterrupt(f"{name}: {unit} {saved} of {steps} is saved")
+            if not finite():  # no loss has seen the last update
                 raise UserError(f"{name}: the weights are not finite; try a lower learning rate")
         finally:
-            if listens:
+            if progress:
                 signal.signal(signal.SIGINT, handler)
 
     return tqdm(run(), desc=name, total=steps, initial=first, unit=unit, mininterval=1, leave=None)
 
 
-def get_or_set_state(part, state=None):
-    """The state of a module, an optimizer or a generator; with `state`, put that into it."""
-    if isinstance(part, torch.Generator):
-        return part.get_state() if state is None else part.set_state(state)
-    return part.state_dict() if state is None else part.load_state_dict(state)
+def state_of(part) -> dict | torch.Tensor:
+    """The state of a module, an optimizer or a generator."""
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
 def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
@@ -341,7 +331,8 @@ def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
     check_config(path, saved["config"], config, "remove the file to begin again")
     try:
         for key, part in parts.items():
-            get_or_set_state(part, saved["parts"][key])
+            load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+            load(saved["parts"][key])
         torch.set_rng_state(saved["random"])
         log.update(saved["log"])
         return saved["step"]

@@ -473,7 +473,10 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
 def parse_arguments():
     parser = runtime.Parser(description="Train tokenizer, backbone and refiners; measure what they do.")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of everything (default: toy)")
-    parser.add_run_flags("runs/PRESET")
+    parser.add_argument("--out", default="runs/PRESET", help="folder of the run (default: runs/PRESET)")
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of data, initialisation and batches")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--reads", dest="readings", nargs="+", type=evaluate.reading, default=READINGS,
                         metavar="READING", help="refiners, by what each reads: tokens, states and query, "
                         f"joined by + (default: {' '.join(READINGS)})")  # fmt: skip
