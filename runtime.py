@@ -1,8 +1,4 @@
-"""Nothing in this file has to do with refinement: it is what lets the others be about nothing else.
-
-Flags, mistakes of the user in one line, devices and precision, files that are whole or not there,
-trainings that go on after a kill, more than one process.
-"""
+"""Nothing about refinement: flags, errors of one line, devices, whole files, resuming, processes."""
 
 import argparse
 import contextlib
@@ -119,8 +115,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torch.dtype:
     """`auto`, `float32` or `bfloat16` -> the precision of `autocast`.
 
-    `auto` is bfloat16 where the hardware is fast at it: GPUs, and CPUs with AVX512-BF16 or AMX. In the folder
-    of a run that was begun, it is what the run was begun in.
+    `auto`: what the run in the folder `run` was begun in, else bfloat16 where the hardware is fast at it.
     """
     if name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -180,10 +175,7 @@ class InUse(UserError):
 
 @contextlib.contextmanager
 def locked(folder, flag: str = "--out", wait: bool = False):
-    """Keep other processes from working on `folder`; if one does, raises InUse, or waits for its end.
-
-    The operating system ends the lock with its process, however that ends.
-    """
+    """Keep other processes from working on `folder`; if one does, raises InUse, or waits for its end."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(Path(folder) / ".lock", timeout=-1 if wait else 0):
@@ -214,29 +206,21 @@ def load_checkpoint(path) -> dict:
 
 
 def fingerprint(weights: dict) -> str:
-    """16 hex digits that name weights {name: tensor} by their values, rounded to half precision.
-
-    So the same weights in half precision have the same.
-    """
+    """16 hex digits that name weights {name: tensor} by their values."""
     digest = hashlib.sha256()
     for name, x in sorted(weights.items()):
-        x = x.half() if x.is_floating_point() else x
+        x = x.half() if x.is_floating_point() else x  # as `evaluate.save_weights` keeps them
         digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """Name the first field in which two nested configurations differ, with both values, or None.
-
-    `found_in`, the place of files, is not compared.
-    """
+    """Name the first field in which two nested configurations differ, with both values, or None."""
     for name, value in new.items():
-        if name == "found_in":
-            continue
         if isinstance(value, dict):
             if found := first_difference(old.get(name, {}), value, f"{prefix}{name}."):
                 return found
-        elif old.get(name) != value:
+        elif name != "found_in" and old.get(name) != value:  # where the files are does not matter
             return f"{prefix}{name} = {old.get(name)}, now {value}"
     return None
 
@@ -276,12 +260,12 @@ def stage(path: Path, config: dict, name: str, train) -> dict:
 def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None, every=100, unit="step"):
     """The steps of a training, as a bar to loop over. Killed at any moment, it goes on where it was.
 
-    progress: None, or (file, configuration). After every `every` steps the file gets all that the loop
-    changes: `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is
-    there at the start, all of it is put back and its steps are left out; the weights at the end are those
-    of a training that was not interrupted (with dropout, on a CPU only: a GPU's random state is not kept).
-    The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Weights that are not finite
-    are not saved. log["earlier_seconds"]: of earlier attempts. UserError for another configuration.
+    progress: None, or (file, configuration). Every `every` steps the file gets all that the loop changes:
+    `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is there at
+    the start, all of it is put back, and the weights at the end are those of a training that was not
+    interrupted (with dropout, on a CPU only: a GPU's random state is not kept). log["earlier_seconds"]: of
+    earlier attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Raises
+    UserError for another configuration, and for weights that are not finite: they are not saved.
     """
     log["earlier_seconds"], first = 0.0, 0
     if progress and progress[0].is_file():
