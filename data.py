@@ -16,12 +16,11 @@ Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
 """
 
 import colorsys
-import contextlib
 import hashlib
 import os
 import re
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -40,11 +39,7 @@ SPLITS = ("train", "val", "test")
 TASKS = ("colorize", "inpaint", "edges")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = (".", "@", "$", "__MACOSX")  # what systems put beside files: ._a.png, @eaDir, $RECYCLE.BIN
-SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
 @dataclass
@@ -59,12 +54,11 @@ class DataConfig:
     eval_sentences: Annotated[int, "sentences of the validation and of the test split", (16, 10**6)] = 512
 
     def __post_init__(self):
-        if self.data not in ("shapes", "glyphs") and not self.data.startswith("folder:"):
+        drawn = self.data in ("shapes", "glyphs")
+        if not drawn and not self.data.startswith("folder:"):
             raise UserError(f"--data {self.data}: expected shapes, glyphs or folder:PATH")
-        if self.palette not in ("fixed", "sentence"):
-            raise UserError(f"--palette {self.palette}: expected fixed or sentence")
-        if self.palette == "sentence" and self.data.startswith("folder:"):
-            raise UserError("--palette sentence: photographs have no palette; use it with shapes or glyphs")
+        if self.palette != "fixed" and not (drawn and self.palette == "sentence"):
+            raise UserError(f"--palette {self.palette}: expected fixed or, for shapes and glyphs, sentence")
         if self.image_size < 16 or self.image_size % 8:
             raise UserError(f"--image-size {self.image_size}: expected a multiple of 8, at least 16")
 
@@ -195,16 +189,13 @@ def load_image(path, size: int) -> torch.Tensor:
         with Image.open(path) as image:
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
-            turn = None
-            with contextlib.suppress(Exception):  # another tag that is damaged is no reason to refuse it
-                turn = TURNS.get(image.getexif().get(0x0112))
-            tags = getattr(image, "tag_v2", {})  # what a TIFF says of its numbers
-            bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
+            turn = TURNS.get(image.getexif().get(0x0112))
             if image.mode in ("I", "F"):
-                name = {1: "whole", 2: "signed", 3: "floating-point"}.get(kind, "other")
-                raise ValueError(f"{name} numbers of {bits} bits have no known range; save it with 8 bits")
+                raise ValueError("numbers without a known range; save it with 8 bits")
             if image.mode.startswith("I;16"):  # Pillow would clip
-                values = np.asarray(image) * (255 / tags.get(281, (2**bits - 1,))[0])
+                tags = getattr(image, "tag_v2", {})  # of a TIFF: 281 the largest number, 258 the bits
+                top = tags.get(281, (2 ** tags.get(258, (16,))[0] - 1,))[0]
+                values = np.asarray(image) * (255 / top)
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
             image = (image if turn is None else image.transpose(turn)).convert("RGBA")
     except FileNotFoundError:
@@ -221,29 +212,24 @@ def given_split(path: Path) -> str | None:
     """The split that a part of a path names, in one of the usual spellings: "Validation" -> "val"."""
     for part in path.parts[:-1]:
         stem = re.sub(r"([ _.-]*(set|split|data|images|imgs|\d+))+$|[AB]$", "", part).lower()
-        for split, spellings in SPELLINGS.items():
-            if stem in spellings:
-                return split
+        if (split := SPELLINGS.get(stem, stem)) in SPLITS:
+            return split
     return None
 
 
-def image_files(root: Path) -> tuple[list[Path], Counter]:
-    """All image files below `root`, links followed, and how many others there are, by what they are."""
-    images, others, seen = [], Counter(), set()
+def image_files(root: Path) -> tuple[list[Path], defaultdict]:
+    """All image files below `root`, links followed, and the other files: {what they are: [path, ...]}."""
+    images, others, seen = [], defaultdict(list), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         if (real := os.path.realpath(folder)) in seen:  # two links to one folder, or a circle
             folders.clear()
             continue
         seen.add(real)
-        for name in files:
-            ending = Path(name).suffix.lower()
-            if name.startswith(HIDDEN):
-                others["hidden"] += 1
-            elif ending not in IMAGE_ENDINGS:
-                others[ending or "without ending"] += 1
-            else:
-                images.append(Path(folder, name))
+        for path in (Path(folder, name) for name in files):
+            ending = "hidden" if path.name.startswith(HIDDEN) else path.suffix.lower()
+            group = images if ending in IMAGE_ENDINGS else others[ending or "without ending"]
+            group.append(path)
     return sorted(images), others
 
 
@@ -252,49 +238,40 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
 
     Returns {"train", "val", "test": (n, 3, size, size) uint8}, held in memory (3 KB an image at 32 x 32).
     Sub-folders train, val and test, in any usual spelling, are the splits. Without them each image's content
-    decides (`split_of`), so that the split is the same on every machine and for every order of the files. A
-    copy of an image counts once, and a file that cannot be read not at all.
+    decides (`split_of`): on every machine alike, in whatever order the files come. Copies count once.
     """
     root, flag = Path(folder).expanduser(), f"--data folder:{folder}"
     if not root.is_dir():
         raise UserError(f"{flag}: no such folder")
     files, left_out = image_files(root)
-    others = ", ".join(f"{n} {what}" for what, n in left_out.most_common())
-    if not files:
-        raise UserError(
-            f"{flag}: no image files ({', '.join(IMAGE_ENDINGS)}) in it; {others or 'it is empty'}"
-        )
     given = {path: given_split(path.relative_to(root)) for path in files}
-    named = [split for split in SPLITS if split in given.values()]
-    if named and len(named) < len(SPLITS):
-        missing = ", ".join(split for split in SPLITS if split not in named)
-        advice = f"add {missing}, or rename them to have all pictures mixed"
-        raise UserError(f"{flag}: has folders for {' and '.join(named)} alone; {advice}")
-    found, seen, notes = {split: [] for split in SPLITS}, set(), {}
+    missing = [split for split in SPLITS if split not in given.values()]
+    if 0 < len(missing) < len(SPLITS):
+        advice = "add one, or rename the others to have all pictures mixed"
+        raise UserError(f"{flag}: has no folder for {' and '.join(missing)}; {advice}")
+    found, seen = {split: [] for split in SPLITS}, set()
     for path in tqdm(files, f"read {root.name}", delay=1, leave=None):
-        if named and given[path] is None:
-            left_out["beside the splits"] += 1
-            notes.setdefault("beside the splits", f" (first: {path})")
+        if not missing and given[path] is None:
+            left_out["beside the splits"].append(path)
             continue
         try:
             image = load_image(path, size)
         except UserError as error:
-            left_out["unreadable"] += 1
-            notes.setdefault("unreadable", f" (first: {error})")
+            left_out["unreadable"].append(error)
             continue
         pixels = to_uint8(image)
         key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         if key in seen:  # it could be demonstration and query at once
-            left_out["copies"] += 1
+            left_out["copies"].append(path)
             continue
         seen.add(key)
         found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())
-    said = ", ".join(f"{n} {what}{notes.get(what, '')}" for what, n in left_out.most_common())
-    said = f"; left out: {said}" if said else ""
-    if min(len(images) for images in found.values()) < 4:
-        raise UserError(f"{flag}: too few different images ({counts}{said}): each split needs 4; add more")
-    print(f"folder:{folder}: {counts} images{said}")
+    said = ", ".join(f"{len(images)} {split}" for split, images in found.items()) + " images"
+    if left_out:
+        said += "; left out: " + ", ".join(f"{len(x)} {why} (first: {x[0]})" for why, x in left_out.items())
+    if min(map(len, found.values())) < 4:
+        raise UserError(f"{flag}: each split needs 4 different images ({', '.join(IMAGE_ENDINGS)}): {said}")
+    print(f"folder:{folder}: {said}")
     return {split: torch.stack(images) for split, images in found.items()}
 
 

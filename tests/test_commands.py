@@ -465,7 +465,7 @@ def test_a_folder_that_has_changed_is_not_put_together_with_models_of_the_old_on
     show = ["--run", folder_run.out, "--out", tmp_path / "own.png", "--device", "cpu", "--query", own[0]]
     assert command(generate, *show, "--demos", *own[1:]).status == 0
     assert (tmp_path / "own.png").is_file()
-    assert "has folders for train and test alone" in command(generate, *show, "--task", "edges").err[-1]
+    assert "has no folder for val" in command(generate, *show, "--task", "edges").err[-1]
 
     # A file of weights goes to people who have the folder elsewhere, or have it not
     evaluate.save_weights(tmp_path / "weights.pt", folder_run.out, ["tokens"])
