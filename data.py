@@ -147,15 +147,14 @@ def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: 
     steps = [torch.arange(-2, 3)] * 4
     places = torch.cartesian_prod(*steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
     places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= apart]  # with 2: (456, 2, 2)
-    place, objects = places[pick(len(places))], []  # (n, 2, 2)
-    for number in range(2):
-        kind, variant, shade = pick(kinds), pick(variants), pick(2)
-        read = torch.arange(size) - place[:, number, :, None] * (size // 8)  # (n, 2, S), in the mask
-        rows, columns = read.clamp(0, size - 1).unbind(1)  # the masks' borders are empty
-        mask = (kind * variants + variant)[:, None, None]
-        alpha = masks.flatten(0, 1)[mask, rows[:, :, None], columns[:, None, :]]  # (n, S, S)
-        objects.append((alpha[:, None], kind, shade))
-    return Layers(background, *map(torch.stack, zip(*objects, strict=True)))
+    place = places[pick(len(places))].transpose(0, 1)  # (2, n, 2)
+    drawn = [torch.stack([pick(kinds), pick(variants), pick(2)]) for _ in range(2)]
+    kind, variant, shade = torch.stack(drawn, dim=1)  # each (2, n)
+    read = torch.arange(size) - place[..., None] * (size // 8)  # (2, n, 2, S), in the mask
+    rows, columns = read.clamp(0, size - 1).unbind(2)  # the masks' borders are empty
+    which = kind[..., None, None], variant[..., None, None]
+    alpha = masks[(*which, rows[..., :, None], columns[..., None, :])]  # (2, n, S, S)
+    return Layers(background, alpha[:, :, None], kind, shade)
 
 
 def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
