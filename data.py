@@ -1,16 +1,12 @@
-"""Toy datasets, tasks and visual sentences: everything that goes into the models, and out of them to disk.
+"""Datasets, tasks and visual sentences: everything that goes into the models, and out of them to disk.
 
 A *scene* is an RGB image. A *task* turns a scene into a (source, target) pair. A *visual sentence* is K
 demonstration pairs and one query pair of the same task, each pair from a scene of its own:
 
-    [src_1, dst_1, ..., src_K, dst_K, src_q, dst_q]        2K+2 images
+    [src_1, dst_1, ..., src_K, dst_K, src_q, dst_q]        2K+2 images, the last one to be generated
 
-Nothing but the demonstrations tells which task is meant. For K = 1 and edge detection:
-
-    photo A   edges of A   photo B   edges of B   <- the last image is what the model has to generate
-
-Three datasets: `shapes` and `glyphs` are drawn by the code below, `folder:PATH` reads your own images.
-Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
+Nothing but the demonstrations tells which task is meant. The datasets `shapes` and `glyphs` are drawn by
+the code below, `folder:PATH` reads your own images. Images are float tensors (B, 3, H, W) in [-1, 1].
 
     python data.py --out contact_sheets      # a picture of every dataset and task
 """
@@ -71,8 +67,8 @@ GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 def palette(kinds: int) -> torch.Tensor:
     """Two shades of one hue for each kind of object: (kinds, 2 shades, 3 channels) in [-1, 1].
 
-    The hue is fixed by the kind, the shade is free: to colorize an object, a model has to recognise it. Each
-    shape's grey differs by 19 of 255 or more from every background's, so none vanishes in the grey image.
+    The hue is fixed by the kind: to colorize an object, a model has to recognise it. Each shape's grey
+    differs by 19 of 255 or more from every background's, so none vanishes in the grey image.
     """
     rgb = [[colorsys.hsv_to_rgb((k + 0.5) / kinds, 0.75, v) for v in (0.65, 0.95)] for k in range(kinds)]
     return (torch.tensor(rgb) * 255).round() / 127.5 - 1
@@ -81,20 +77,19 @@ def palette(kinds: int) -> torch.Tensor:
 def shape_masks(size: int) -> torch.Tensor:
     """Coverage masks of all shapes at two sizes: (kinds, sizes, S, S) in [0, 1], centred.
 
-    Every inside test is exact in float32 (the coordinates are multiples of 1/8 pixel), so the scenes are
-    bit-identical on every machine. The 4 x 4 sub-pixels of a pixel are averaged against jagged edges.
+    Coordinates are multiples of 1/8 pixel: every inside test is exact in float32, on every machine.
     """
     axis = (torch.arange(size * 4) - size * 2 + 0.5) / 4  # (4S,) sub-pixel centres, in pixels from the middle
     y, x = axis[:, None], axis[None, :]
+    d2, larger, smaller = x * x + y * y, torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     masks = []
     for r in (size * 6 / 32, size * 8 / 32):
-        d2 = x * x + y * y
         inside = (
             d2 <= r * r,
-            torch.maximum(x.abs(), y.abs()) <= r * 0.875,
+            larger <= r * 0.875,
             (y <= r * 0.875) & (2 * x.abs() <= y + r),
             (d2 <= r * r) & (d2 >= r * r * 0.25),
-            (torch.minimum(x.abs(), y.abs()) <= r * 0.375) & (torch.maximum(x.abs(), y.abs()) <= r),
+            (smaller <= r * 0.375) & (larger <= r),
             x.abs() + y.abs() <= r * 1.125,
         )
         masks.append(torch.stack(inside).float().view(len(SHAPES), size, 4, size, 4).mean((2, 4)))
@@ -135,8 +130,7 @@ class Layers(NamedTuple):
 def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: int = 2) -> Layers:
     """Draw n random scenes. masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`.
 
-    Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable, and their
-    centres are at least `apart` of its steps from each other, across or down (at most 4).
+    Objects stand on a grid of S/8 pixels, at least `apart` of its steps from each other, across or down.
     """
     kinds, variants, size, _ = masks.shape
 
@@ -164,10 +158,9 @@ def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Genera
 
 
 def split_of(images: torch.Tensor) -> torch.Tensor:
-    """The split a scene belongs to, for ever: 0 train (80 %), 1 val (10 %), 2 test (10 %).
+    """The split of scenes (n, 3, S, S): 0 train (80 %), 1 val (10 %), 2 test (10 %), (n,) long.
 
-    images: (n, 3, S, S) in [-1, 1]. Decided by a hash of the pixels, so that no picture, however it
-    came about, can be in two splits. Returns (n,) long.
+    Decided by a hash of the pixels, so that no picture, however it came about, can be in two splits.
     """
     pixels = to_uint8(images).flatten(1).long()  # (n, 3*S*S)
     weights = (torch.arange(pixels.shape[1]) * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1) | 1
@@ -182,7 +175,7 @@ TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orien
 def load_image(path, size: int) -> torch.Tensor:
     """Read one image file as (3, size, size) in [-1, 1]: upright, on white, centre-cropped, resized.
 
-    Raises UserError, naming the file, if it is missing or cannot be read as an image.
+    Raises UserError, naming the file, if it cannot be read as an image.
     """
     try:
         with Image.open(path) as image:
@@ -197,8 +190,6 @@ def load_image(path, size: int) -> torch.Tensor:
                 values = np.asarray(image) * (255 / top)
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
             image = (image if turn is None else image.transpose(turn)).convert("RGBA")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
     white = Image.new("RGBA", image.size, "white")
@@ -284,7 +275,7 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def colorize(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grey image -> the RGB image. `generator` is unused: all tasks are called alike."""
+    """Grey image -> the RGB image. The generator is for `inpaint`: all tasks are called alike."""
     return grey(images), images
 
 
@@ -303,8 +294,8 @@ def edges(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
 
         g_x = I * [1 0 -1; 2 0 -2; 1 0 -1] / 4,   g_y = g_x transposed,   edge = min(1, |g|)
 
-    The map is white (1) on black (-1), three equal channels. `generator` is unused. The filter is written
-    with shifted sums: a convolution may add in another order on another machine.
+    White (1) on black (-1), three equal channels. The filter is written with shifted sums: a convolution may
+    add in another order on another machine.
     """
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
     across = padded[..., :, 2:] - padded[..., :, :-2]  # (B, 3, S+2, S)
@@ -319,10 +310,9 @@ TASK_FUNCTIONS = {"colorize": colorize, "inpaint": inpaint, "edges": edges}
 
 
 class Sentences:
-    """Visual sentences of one dataset, made on demand.
+    """Visual sentences of one dataset, made on demand, and without a state.
 
-    `sentences(split, index, n)` always gives the same sentences for the same (seed, split, index, n), on
-    every machine, in any order: there is no state to save, and a training step can make its own batch.
+    `sentences(split, index, n)` depends on the seed and these three alone, on every machine, in any order.
     """
 
     tasks = TASKS
@@ -367,10 +357,7 @@ class Sentences:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def __call__(self, split: str, index: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the index-th batch of n sentences of a split.
-
-        Returns images (n, 2K+2, 3, S, S) in [-1, 1], and the task of each sentence, (n,) long into `TASKS`.
-        """
+        """The index-th batch of a split: images (n, 2K+2, 3, S, S) and tasks, (n,) long into `TASKS`."""
         generator = self.generator(split, index)
         scenes = self.scenes(split, n, generator)  # (n, K+1, 3, S, S)
         task = torch.randint(len(TASKS), (n,), generator=generator)
@@ -431,7 +418,7 @@ def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str =
 
 
 def prompt_titles(num_images: int) -> list[str]:
-    """Titles of the images that a sentence of `num_images` has before its last: demonstrations, query."""
+    """Titles of the images that a sentence of `num_images` has before its last."""
     demos = num_images // 2 - 1
     return [*(f"{role} {k + 1}" for k in range(demos) for role in ("source", "target")), "query"]
 
