@@ -41,21 +41,17 @@ def sentences_of(config: dict, folder: str | None) -> data.Sentences:
 
 
 def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
-    """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth.
-
-    config: of the run, as `evaluate.load_run` returns it.
-    """
+    """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth."""
     num_demos, size = config["data"]["num_demos"], config["data"]["image_size"]
-    if args.demos and (args.query is None or args.task):
-        raise UserError("--demos: give the image to be completed with --query, and leave --task out")
+    lonely = args.query is not None and not (args.task or args.demos)
+    if lonely or (args.demos and (args.query is None or args.task)):
+        raise UserError("--query goes with either --task or --demos, and --demos with --query alone")
     if args.demos:
         if len(args.demos) != 2 * num_demos:
             pairs = f"{num_demos} source/target pairs"
             raise UserError(f"--demos: {len(args.demos)} images, but these models were trained with {pairs}")
         images = [data.load_image(path, size) for path in (*args.demos, args.query)]
         return torch.stack([*images, torch.zeros_like(images[-1])])[None], False
-    if args.query is not None and args.task is None:
-        raise UserError("--query: give --task, or the demonstrations of a task with --demos")
     images, task = sentences_of(config, args.data)("test", args.seed, 64)  # with seed 0 as in the evaluation
     chosen = images if args.task is None else images[task == TASKS.index(args.task)]
     if args.query is not None:
@@ -68,8 +64,7 @@ def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
 def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> None:
     """A GIF: the raster is written token by token with its errors in red, then one refining step.
 
-    query, truth: (3, H, W); written, refined, y_true: tokens (N,). Without a truth (y_true None) no errors
-    are marked. The shown patches are those of the finished image.
+    query, truth: (3, H, W); written, refined, y_true: tokens (N,). If y_true is None no errors are marked.
     """
     (h, w), codebook, font = tokenizer.grid, tokenizer.codebook.vectors, ImageFont.load_default(size=14)
     size = max(256 // query.shape[-1], 1) * query.shape[-1]
@@ -123,7 +118,8 @@ def parse_arguments():
     parser.add_argument("--task", choices=TASKS, help="which task (default: a mix)")
     parser.add_argument("--query", metavar="IMAGE", help="your own image, with --task or --demos")
     parser.add_argument("--demos", nargs="+", metavar="IMAGE", help="your demonstrations: source target ...")
-    parser.add_argument("--count", type=int, default=8, help="toy sentences to show (default: 8)")
+    parser.add_argument("--count", type=int, choices=range(1, 17), metavar="N", default=8,
+                        help="toy sentences to show, 1 to 16 (default: 8)")  # fmt: skip
     parser.add_argument("--reads", type=evaluate.reading, help="which refiner: tokens+query (default: all)")
     parser.add_argument("--data", metavar="folder:PATH", help="where the pictures of the training are now")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
@@ -134,21 +130,15 @@ def parse_arguments():
     parser.add_argument("--out", default="generated.png", help="the picture (default: generated.png)")
     parser.add_argument("--gif", metavar="PATH", help="also write an animation of the first sentence")
     args = parser.parse_args()
-    if not 1 <= args.count <= 16:
-        raise UserError(f"--count {args.count}: expected a number from 1 to 16")
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g}: expected 0 (greedy), or 0.001 and above")
-    if args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise UserError("--top-k cannot be negative, and --top-p lies above 0 and up to 1")
-    if args.temperature == 0 and (args.top_k or args.top_p < 1):
-        raise UserError("--top-k and --top-p need a --temperature above 0 (0 is greedy decoding)")
-    for flag, path, endings in (
-        ("--out", args.out, (".png", ".jpg", ".webp")),
-        ("--gif", args.gif, (".gif",)),
-    ):
+    narrowed = (args.top_k, args.top_p) != (0, 1)
+    if narrowed and not (args.temperature > 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
+        raise UserError("--top-k (1 or more) and --top-p (above 0, up to 1) need a --temperature above 0")
+    for flag, path, endings in (("--out", args.out, ".png .jpg .webp"), ("--gif", args.gif, ".gif")):
         if path is not None:
-            if Path(path).suffix.lower() not in endings:
-                raise UserError(f"{flag} {path}: expected a file name ending in {' or '.join(endings)}")
+            if Path(path).suffix.lower() not in endings.split():
+                raise UserError(f"{flag} {path}: expected a file name that ends in one of {endings}")
             runtime.check_writable(Path(path).parent, flag)
     args.run = args.run or ("runs/toy" if Path("runs/toy").is_dir() else SHIPPED)
     return args

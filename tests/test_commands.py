@@ -636,7 +636,7 @@ MISTAKES = {
         ("--run {run} --task edges --query {tmp}/nowhere.png", "nowhere.png"),
         ("--run {run} --reads states", "--reads states"),
         ("--run {run} --reads pixels", "--reads"),
-        ("--run {run} --count 0", "--count 0"),
+        ("--run {run} --count 0", "--count"),
         ("--run {run} --gif {tmp}/film.mp4", "--gif"),
         ("--run {run} --out {tmp}/picture.doc", "--out"),
         ("--run {run} --out {tmp}/file/below.png", "--out"),
