@@ -168,14 +168,12 @@ def main():
     y_true = tokens[:, -1] if truth_known else rollout.tokens
     compared = [name for name in written if truth_known or name != "generated"]
     errors = {name: vsr.cosine_error(written[name], y_true, codebook) for name in compared}  # (n, N)
-    titles = [*data.prompt_titles(images.shape[1]), *written, *(["truth"] if truth_known else [])]
-    titles += [f"{'error of' if truth_known else 'changed by'} {name}" for name in compared]
-    rows = []
-    for i in range(len(images)):
-        shown = [*images[i, :-1], *(image[i] for image in made.values())]
-        maps = [error[i].view(tokenizer.grid) for error in errors.values()]
-        rows.append([*shown, *(images[i, -1:] if truth_known else []), *maps])
-    data.save_picture(args.out, rows, column_labels=titles)
+    columns = dict(zip(data.prompt_titles(images.shape[1]), images[:, :-1].unbind(1), strict=True)) | made
+    if truth_known:
+        columns["truth"] = images[:, -1]
+    for name, error in errors.items():
+        columns[f"{'error of' if truth_known else 'changed by'} {name}"] = error.unflatten(1, tokenizer.grid)
+    data.save_picture(args.out, list(zip(*columns.values(), strict=True)), column_labels=list(columns))
     print(f"wrote {args.out}: {len(images)} sentences, with the models of {args.run}")
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()

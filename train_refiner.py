@@ -294,8 +294,7 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     autocast = runtime.autocast(device, dtype)
-    seen = rollouts["train"].query if "query" in reads else rollouts["train"].states
-    state_dim = 0 if set(reads) == {"tokens"} else seen.shape[-1]
+    state_dim = next((x.shape[-1] for x in rollouts["train"][1:] if x is not None), 0)
     refiner = make(config, reads, grid, codebook.shape[1], state_dim).to(device)
     optimizers = make_optimizers(refiner, config.learning_rate, dtype)
     step_refiner = runtime.parallel(refiner)
