@@ -306,21 +306,18 @@ def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
     if path.is_dir():
         names = ["tokenizer.pt", "backbone.pt", *(file.name for file in path.glob("refiner_*.pt"))]
         checkpoints = {name: runtime.load_checkpoint(path / name) for name in names}
-    elif path.is_file():
-        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
     else:
-        raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
+        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
     models, weights = {}, {}
-    for name, checkpoint in checkpoints.items():
+    for name, checkpoint in checkpoints.items():  # each after those that it was trained on
         kind, _, reading = name.removesuffix(".pt").partition("_")
         models[reading or kind] = load_model(kind, checkpoint, device, path / name)
-        weights[kind] = runtime.fingerprint(checkpoint["model"])
-    for name, checkpoint in checkpoints.items():
         made_of = checkpoint["config"].get("weights")
-        if made_of is None or any(weights.get(kind) != digest for kind, digest in made_of.items()):
+        if made_of is None or any(weights.get(earlier) != digest for earlier, digest in made_of.items()):
             advice = f"`python train_refiner.py --out {path} --fresh` trains again"
             raise UserError(f"{path / name}: trained with other models than those beside it; {advice}")
-    if len(models) < 3 or not {"tokenizer", "backbone"} <= models.keys():
+        weights[kind] = runtime.fingerprint(checkpoint["model"])
+    if len(models) < 3:
         raise UserError(f"--run {path}: no refiner in it; `python train_refiner.py --out {path}` goes on")
     tokenizer, backbone = models.pop("tokenizer"), models.pop("backbone")
     refiners = dict(sorted(models.items(), key=lambda item: ("tokens" not in item[0], len(item[0]))))
