@@ -347,9 +347,9 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
     if not set(reads) <= set(vsr.READS):
         raise ValueError(f"reads {reads!r}: expected one or more of {vsr.READS}")
     config, device = config or RefinerConfig(), torch.device(device)
-    N, batches = grid[0] * grid[1], prompts.split(config.rollout_batch)
+    batches = tqdm(prompts.split(config.rollout_batch), "rollouts", leave=None)
     with torch.no_grad():
-        written = [write(batch.to(device)) for batch in tqdm(batches, "rollouts", leave=None)]
+        written = [write(batch.to(device)) for batch in batches]
     fields = dict.fromkeys(vsr.READS)
     for name in {"tokens", *reads}:
         parts = [getattr(rollout, name) for rollout in written]
@@ -358,9 +358,7 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
         fields[name] = torch.cat([part.cpu() for part in parts])  # (S, N) or (S, N, C)
         vsr.require_finite(fields[name], **{name: fields[name]})
     y, truth = fields["tokens"], truth.cpu()
-    if not y.shape == truth.shape == (len(prompts), N) or len(truth) < 2:
-        shapes = f"tokens {tuple(y.shape)}, truth {tuple(truth.shape)}, grid {grid}"
-        raise ValueError(f"{shapes}: expected (S, N), (S, N), N = h w")
+    vsr.require_same_shape(y, truth)
     if min(y.min(), truth.min()) < 0 or max(y.max(), truth.max()) >= len(codebook):
         raise ValueError(f"tokens outside 0 to {len(codebook) - 1}: take off the offset of the vocabulary")
     held, rollouts, targets = max(1, len(truth) // 16), {}, {}
