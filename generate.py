@@ -26,20 +26,6 @@ from runtime import UserError
 SHIPPED = Path(__file__).parent / "weights" / "toy.pt"  # python train_refiner.py --weights weights/toy.pt
 
 
-def sentences_of(config: dict, folder: str | None) -> data.Sentences:
-    """The sentences of a finished run; a folder's pictures are read from where they were, or are now."""
-    scenes = dict(config["data"])
-    if scenes["data"] == "folder:":
-        where = folder.removeprefix("folder:") if folder else config.get("found_in")
-        if where is None:
-            raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
-        scenes["data"] += where
-    sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
-    if sentences.fingerprint != config.get("pictures"):
-        print(f"note: {where} holds other pictures than those that the models were trained on")
-    return sentences
-
-
 def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
     """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth."""
     num_demos, size = config["data"]["num_demos"], config["data"]["image_size"]
@@ -52,7 +38,16 @@ def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
             raise UserError(f"--demos: {len(args.demos)} images, but these models were trained with {pairs}")
         images = [data.load_image(path, size) for path in (*args.demos, args.query)]
         return torch.stack([*images, torch.zeros_like(images[-1])])[None], False
-    images, task = sentences_of(config, args.data)("test", args.seed, 64)  # with seed 0 as in the evaluation
+    scenes = dict(config["data"])
+    if scenes["data"] == "folder:":  # the pictures are where they were, or where --data says they are now
+        where = args.data.removeprefix("folder:") if args.data else config.get("found_in")
+        if where is None:
+            raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
+        scenes["data"] += where
+    sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
+    if sentences.fingerprint != config.get("pictures"):
+        print(f"note: {where} holds other pictures than those that the models were trained on")
+    images, task = sentences("test", args.seed, 64)  # with seed 0 as in the evaluation
     chosen = images if args.task is None else images[task == TASKS.index(args.task)]
     if args.query is not None:
         chosen, scene = chosen[:1].clone(), data.load_image(args.query, size)[None]

@@ -46,8 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def annotations(config_class) -> dict:
     """{field: (type, help, and a range if there is one)} of a config dataclass."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    return {item.name: typing.get_args(hints[item.name]) for item in dataclasses.fields(config_class)}
+    return {field.name: typing.get_args(field.type) for field in dataclasses.fields(config_class)}
 
 
 def configs_from_flags(args, classes: dict, preset: dict) -> dict:
