@@ -113,9 +113,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig, image_size: int):
         super().__init__()
         if config.factor & (config.factor - 1) or image_size % config.factor:
-            raise ValueError(
-                f"factor {config.factor}: no power of 2 that divides the image size {image_size}"
-            )
+            raise ValueError(f"factor {config.factor}: no power of 2 that divides the size {image_size}")
         self.config = config
         self.grid = (image_size // config.factor,) * 2  # (h, w)
         levels = config.factor.bit_length() - 1
