@@ -72,18 +72,17 @@ def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> N
     def panel(image, error=None, known=h * w):
         """The picture of the first `known` tokens, errors (N,) as a red tint."""
         pixels = data.to_uint8(image).permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).convert("RGBA")
-        veil = Image.new("RGBA", picture.size)
-        draw = ImageDraw.Draw(veil)
+        picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(picture, "RGBA")  # blends what it draws
         for t in range(h * w):
             x, y = t % w * size // w, t // w * size // h
             box = [x, y, x + size // w - 1, y + size // h - 1]
             if t >= known:
-                draw.rectangle(box, fill=(24, 24, 28, 255))
+                draw.rectangle(box, fill=(24, 24, 28))
             elif error is not None and error[t] > 0:
                 red = (255, 0, 40)
                 draw.rectangle(box, fill=(*red, int(70 + 130 * min(1.0, error[t]))), outline=red)
-        return Image.alpha_composite(picture, veil).convert("RGB")
+        return picture
 
     def add(caption, milliseconds, image, error=None, known=h * w):
         if error is not None:
