@@ -213,21 +213,14 @@ def fingerprint(weights: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """Name the first field in which two nested configurations differ, with both values, or None."""
+def check_config(path, old: dict, new: dict, advice: str, prefix: str = "") -> None:
+    """Raise UserError, with the first field that differs, if `path` was made with another configuration."""
     for name, value in new.items():
         if isinstance(value, dict):
-            if found := first_difference(old.get(name, {}), value, f"{prefix}{name}."):
-                return found
+            check_config(path, old.get(name, {}), value, advice, f"{prefix}{name}.")
         elif name != "found_in" and old.get(name) != value:  # where the files are does not matter
-            return f"{prefix}{name} = {old.get(name)}, now {value}"
-    return None
-
-
-def check_config(path, old: dict, new: dict, advice: str) -> None:
-    """Raise UserError if what lies at `path` was made with another configuration."""
-    if difference := first_difference(old, new):
-        raise UserError(f"{path} was made with {difference}: give another --out, or {advice}")
+            difference = f"{prefix}{name} = {old.get(name)}, now {value}"
+            raise UserError(f"{path} was made with {difference}: give another --out, or {advice}")
 
 
 def stage(path: Path, config: dict, name: str, train) -> dict:
