@@ -344,10 +344,7 @@ def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise UserError(f"--device {device}: with torchrun it is cpu, or cuda: a GPU for each process")
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
-        device = torch.device("cuda", local)
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
