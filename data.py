@@ -12,6 +12,7 @@ the code below, `folder:PATH` reads your own images. Images are float tensors (B
 """
 
 import colorsys
+import contextlib
 import hashlib
 import os
 import re
@@ -181,7 +182,9 @@ def load_image(path, size: int) -> torch.Tensor:
         with Image.open(path) as image:
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
-            turn = TURNS.get(image.getexif().get(0x0112))
+            turn = None
+            with contextlib.suppress(Exception):  # tags that are damaged are no reason to refuse a picture
+                turn = TURNS.get(image.getexif().get(0x0112))
             if image.mode in ("I", "F"):
                 raise ValueError("numbers without a known range; save it with 8 bits")
             if image.mode.startswith("I;16"):  # Pillow would clip

@@ -156,8 +156,11 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
         refined = refiner.eval()(embeddings, states, query)
     finally:
         refiner.train(was_training)
-    require_finite(refined, codebook=codebook, embeddings=embeddings, states=states, query=query)
-    return nearest_code(refined, codebook), refined
+    try:
+        return nearest_code(refined, codebook), refined
+    except ValueError:  # which of them is at fault
+        require_finite(refined, codebook=codebook, embeddings=embeddings, states=states, query=query)
+        raise
 
 
 def embed(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -387,6 +387,11 @@ def test_a_tag_that_is_damaged_is_no_reason_to_refuse_a_picture(tmp_path, ending
     assert image[:, -1].mean() < -0.9
 
 
+def test_a_picture_whose_tags_are_no_tags_is_read(tmp_path):
+    Image.new("RGB", (20, 20), "white").save(tmp_path / "x.webp", exif=b"nonsense", lossless=True)
+    assert (data.load_image(tmp_path / "x.webp", 16) == 1).all()
+
+
 def tiff(path, values, bits: int, *, kind: int = 1, top: int | None = None):
     """Write a grey TIFF of one strip by hand: `values` are the bytes of 16 x 16 numbers."""
     entries = [(256, 3, 16), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 200)]
