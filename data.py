@@ -1,16 +1,12 @@
-"""Toy datasets, tasks and visual sentences: everything that goes into the models, and out of them to disk.
+"""Datasets, tasks and visual sentences: everything that goes into the models, and out of them to disk.
 
 A *scene* is an RGB image. A *task* turns a scene into a (source, target) pair. A *visual sentence* is K
 demonstration pairs and one query pair of the same task, each pair from a scene of its own:
 
-    [src_1, dst_1, ..., src_K, dst_K, src_q, dst_q]        2K+2 images
+    [src_1, dst_1, ..., src_K, dst_K, src_q, dst_q]        2K+2 images, the last one to be generated
 
-Nothing but the demonstrations tells which task is meant. For K = 1 and edge detection:
-
-    photo A   edges of A   photo B   edges of B   <- the last image is what the model has to generate
-
-Three datasets: `shapes` and `glyphs` are drawn by the code below, `folder:PATH` reads your own images.
-Everywhere inside the project images are float tensors (B, 3, H, W) in [-1, 1].
+Nothing but the demonstrations tells which task is meant. The datasets `shapes` and `glyphs` are drawn by
+the code below, `folder:PATH` reads your own images. Images are float tensors (B, 3, H, W) in [-1, 1].
 
     python data.py --out contact_sheets      # a picture of every dataset and task
 """
@@ -21,7 +17,7 @@ import hashlib
 import os
 import re
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -40,11 +36,7 @@ SPLITS = ("train", "val", "test")
 TASKS = ("colorize", "inpaint", "edges")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = (".", "@", "$", "__MACOSX")  # what systems put beside files: ._a.png, @eaDir, $RECYCLE.BIN
-SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
 @dataclass
@@ -59,12 +51,11 @@ class DataConfig:
     eval_sentences: Annotated[int, "sentences of the validation and of the test split", (16, 10**6)] = 512
 
     def __post_init__(self):
-        if self.data not in ("shapes", "glyphs") and not self.data.startswith("folder:"):
+        drawn = self.data in ("shapes", "glyphs")
+        if not drawn and not self.data.startswith("folder:"):
             raise UserError(f"--data {self.data}: expected shapes, glyphs or folder:PATH")
-        if self.palette not in ("fixed", "sentence"):
-            raise UserError(f"--palette {self.palette}: expected fixed or sentence")
-        if self.palette == "sentence" and self.data.startswith("folder:"):
-            raise UserError("--palette sentence: photographs have no palette; use it with shapes or glyphs")
+        if self.palette != "fixed" and not (drawn and self.palette == "sentence"):
+            raise UserError(f"--palette {self.palette}: expected fixed or, for shapes and glyphs, sentence")
         if self.image_size < 16 or self.image_size % 8:
             raise UserError(f"--image-size {self.image_size}: expected a multiple of 8, at least 16")
 
@@ -77,8 +68,8 @@ GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 def palette(kinds: int) -> torch.Tensor:
     """Two shades of one hue for each kind of object: (kinds, 2 shades, 3 channels) in [-1, 1].
 
-    The hue is fixed by the kind, the shade is free: to colorize an object, a model has to recognise it. Each
-    shape's grey differs by 19 of 255 or more from every background's, so none vanishes in the grey image.
+    The hue is fixed by the kind: to colorize an object, a model has to recognise it. Each shape's grey
+    differs by 19 of 255 or more from every background's, so none vanishes in the grey image.
     """
     rgb = [[colorsys.hsv_to_rgb((k + 0.5) / kinds, 0.75, v) for v in (0.65, 0.95)] for k in range(kinds)]
     return (torch.tensor(rgb) * 255).round() / 127.5 - 1
@@ -87,20 +78,19 @@ def palette(kinds: int) -> torch.Tensor:
 def shape_masks(size: int) -> torch.Tensor:
     """Coverage masks of all shapes at two sizes: (kinds, sizes, S, S) in [0, 1], centred.
 
-    Every inside test is exact in float32 (the coordinates are multiples of 1/8 pixel), so the scenes are
-    bit-identical on every machine. The 4 x 4 sub-pixels of a pixel are averaged against jagged edges.
+    Coordinates are multiples of 1/8 pixel: every inside test is exact in float32, on every machine.
     """
     axis = (torch.arange(size * 4) - size * 2 + 0.5) / 4  # (4S,) sub-pixel centres, in pixels from the middle
     y, x = axis[:, None], axis[None, :]
+    d2, larger, smaller = x * x + y * y, torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     masks = []
     for r in (size * 6 / 32, size * 8 / 32):
-        d2 = x * x + y * y
         inside = (
             d2 <= r * r,
-            torch.maximum(x.abs(), y.abs()) <= r * 0.875,
+            larger <= r * 0.875,
             (y <= r * 0.875) & (2 * x.abs() <= y + r),
             (d2 <= r * r) & (d2 >= r * r * 0.25),
-            (torch.minimum(x.abs(), y.abs()) <= r * 0.375) & (torch.maximum(x.abs(), y.abs()) <= r),
+            (smaller <= r * 0.375) & (larger <= r),
             x.abs() + y.abs() <= r * 1.125,
         )
         masks.append(torch.stack(inside).float().view(len(SHAPES), size, 4, size, 4).mean((2, 4)))
@@ -141,8 +131,7 @@ class Layers(NamedTuple):
 def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: int = 2) -> Layers:
     """Draw n random scenes. masks: (kinds, variants, S, S), from `shape_masks` or `glyph_masks`.
 
-    Objects stand on a grid of S/8 pixels (4 pixels at S = 32), which keeps the scenes learnable, and their
-    centres are at least `apart` of its steps from each other, across or down (at most 4).
+    Objects stand on a grid of S/8 pixels, at least `apart` of its steps from each other, across or down.
     """
     kinds, variants, size, _ = masks.shape
 
@@ -153,15 +142,14 @@ def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: 
     steps = [torch.arange(-2, 3)] * 4
     places = torch.cartesian_prod(*steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
     places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= apart]  # with 2: (456, 2, 2)
-    place, objects = places[pick(len(places))], []  # (n, 2, 2)
-    for number in range(2):
-        kind, variant, shade = pick(kinds), pick(variants), pick(2)
-        read = torch.arange(size) - place[:, number, :, None] * (size // 8)  # (n, 2, S), in the mask
-        rows, columns = read.clamp(0, size - 1).unbind(1)  # the masks' borders are empty
-        mask = (kind * variants + variant)[:, None, None]
-        alpha = masks.flatten(0, 1)[mask, rows[:, :, None], columns[:, None, :]]  # (n, S, S)
-        objects.append((alpha[:, None], kind, shade))
-    return Layers(background, *map(torch.stack, zip(*objects, strict=True)))
+    place = places[pick(len(places))].transpose(0, 1)  # (2, n, 2)
+    drawn = [torch.stack([pick(kinds), pick(variants), pick(2)]) for _ in range(2)]
+    kind, variant, shade = torch.stack(drawn, dim=1)  # each (2, n)
+    read = torch.arange(size) - place[..., None] * (size // 8)  # (2, n, 2, S), in the mask
+    rows, columns = read.clamp(0, size - 1).unbind(2)  # the masks' borders are empty
+    which = kind[..., None, None], variant[..., None, None]
+    alpha = masks[(*which, rows[..., :, None], columns[..., None, :])]  # (2, n, S, S)
+    return Layers(background, alpha[:, :, None], kind, shade)
 
 
 def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -171,10 +159,9 @@ def draw_scenes(masks: torch.Tensor, turn: torch.Tensor, generator: torch.Genera
 
 
 def split_of(images: torch.Tensor) -> torch.Tensor:
-    """The split a scene belongs to, for ever: 0 train (80 %), 1 val (10 %), 2 test (10 %).
+    """The split of scenes (n, 3, S, S): 0 train (80 %), 1 val (10 %), 2 test (10 %), (n,) long.
 
-    images: (n, 3, S, S) in [-1, 1]. Decided by a hash of the pixels, so that no picture, however it
-    came about, can be in two splits. Returns (n,) long.
+    Decided by a hash of the pixels, so that no picture, however it came about, can be in two splits.
     """
     pixels = to_uint8(images).flatten(1).long()  # (n, 3*S*S)
     weights = (torch.arange(pixels.shape[1]) * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1) | 1
@@ -189,26 +176,23 @@ TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orien
 def load_image(path, size: int) -> torch.Tensor:
     """Read one image file as (3, size, size) in [-1, 1]: upright, on white, centre-cropped, resized.
 
-    Raises UserError, naming the file, if it is missing or cannot be read as an image.
+    Raises UserError, naming the file, if it cannot be read as an image.
     """
     try:
         with Image.open(path) as image:
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
             turn = None
-            with contextlib.suppress(Exception):  # another tag that is damaged is no reason to refuse it
+            with contextlib.suppress(Exception):  # tags that are damaged are no reason to refuse a picture
                 turn = TURNS.get(image.getexif().get(0x0112))
-            tags = getattr(image, "tag_v2", {})  # what a TIFF says of its numbers
-            bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]
             if image.mode in ("I", "F"):
-                name = {1: "whole", 2: "signed", 3: "floating-point"}.get(kind, "other")
-                raise ValueError(f"{name} numbers of {bits} bits have no known range; save it with 8 bits")
+                raise ValueError("numbers without a known range; save it with 8 bits")
             if image.mode.startswith("I;16"):  # Pillow would clip
-                values = np.asarray(image) * (255 / tags.get(281, (2**bits - 1,))[0])
+                tags = getattr(image, "tag_v2", {})  # of a TIFF: 281 the largest number, 258 the bits
+                top = tags.get(281, (2 ** tags.get(258, (16,))[0] - 1,))[0]
+                values = np.asarray(image) * (255 / top)
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
             image = (image if turn is None else image.transpose(turn)).convert("RGBA")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
     white = Image.new("RGBA", image.size, "white")
@@ -221,29 +205,24 @@ def given_split(path: Path) -> str | None:
     """The split that a part of a path names, in one of the usual spellings: "Validation" -> "val"."""
     for part in path.parts[:-1]:
         stem = re.sub(r"([ _.-]*(set|split|data|images|imgs|\d+))+$|[AB]$", "", part).lower()
-        for split, spellings in SPELLINGS.items():
-            if stem in spellings:
-                return split
+        if (split := SPELLINGS.get(stem, stem)) in SPLITS:
+            return split
     return None
 
 
-def image_files(root: Path) -> tuple[list[Path], Counter]:
-    """All image files below `root`, links followed, and how many others there are, by what they are."""
-    images, others, seen = [], Counter(), set()
+def image_files(root: Path) -> tuple[list[Path], defaultdict]:
+    """All image files below `root`, links followed, and the other files: {what they are: [path, ...]}."""
+    images, others, seen = [], defaultdict(list), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         if (real := os.path.realpath(folder)) in seen:  # two links to one folder, or a circle
             folders.clear()
             continue
         seen.add(real)
-        for name in files:
-            ending = Path(name).suffix.lower()
-            if name.startswith(HIDDEN):
-                others["hidden"] += 1
-            elif ending not in IMAGE_ENDINGS:
-                others[ending or "without ending"] += 1
-            else:
-                images.append(Path(folder, name))
+        for path in (Path(folder, name) for name in files):
+            ending = "hidden" if path.name.startswith(HIDDEN) else path.suffix.lower()
+            group = images if ending in IMAGE_ENDINGS else others[ending or "without ending"]
+            group.append(path)
     return sorted(images), others
 
 
@@ -252,49 +231,40 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
 
     Returns {"train", "val", "test": (n, 3, size, size) uint8}, held in memory (3 KB an image at 32 x 32).
     Sub-folders train, val and test, in any usual spelling, are the splits. Without them each image's content
-    decides (`split_of`), so that the split is the same on every machine and for every order of the files. A
-    copy of an image counts once, and a file that cannot be read not at all.
+    decides (`split_of`): on every machine alike, in whatever order the files come. Copies count once.
     """
     root, flag = Path(folder).expanduser(), f"--data folder:{folder}"
     if not root.is_dir():
         raise UserError(f"{flag}: no such folder")
     files, left_out = image_files(root)
-    others = ", ".join(f"{n} {what}" for what, n in left_out.most_common())
-    if not files:
-        raise UserError(
-            f"{flag}: no image files ({', '.join(IMAGE_ENDINGS)}) in it; {others or 'it is empty'}"
-        )
     given = {path: given_split(path.relative_to(root)) for path in files}
-    named = [split for split in SPLITS if split in given.values()]
-    if named and len(named) < len(SPLITS):
-        missing = ", ".join(split for split in SPLITS if split not in named)
-        advice = f"add {missing}, or rename them to have all pictures mixed"
-        raise UserError(f"{flag}: has folders for {' and '.join(named)} alone; {advice}")
-    found, seen, notes = {split: [] for split in SPLITS}, set(), {}
+    missing = [split for split in SPLITS if split not in given.values()]
+    if 0 < len(missing) < len(SPLITS):
+        advice = "add one, or rename the others to have all pictures mixed"
+        raise UserError(f"{flag}: has no folder for {' and '.join(missing)}; {advice}")
+    found, seen = {split: [] for split in SPLITS}, set()
     for path in tqdm(files, f"read {root.name}", delay=1, leave=None):
-        if named and given[path] is None:
-            left_out["beside the splits"] += 1
-            notes.setdefault("beside the splits", f" (first: {path})")
+        if not missing and given[path] is None:
+            left_out["beside the splits"].append(path)
             continue
         try:
             image = load_image(path, size)
         except UserError as error:
-            left_out["unreadable"] += 1
-            notes.setdefault("unreadable", f" (first: {error})")
+            left_out["unreadable"].append(error)
             continue
         pixels = to_uint8(image)
         key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         if key in seen:  # it could be demonstration and query at once
-            left_out["copies"] += 1
+            left_out["copies"].append(path)
             continue
         seen.add(key)
         found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in found.items())
-    said = ", ".join(f"{n} {what}{notes.get(what, '')}" for what, n in left_out.most_common())
-    said = f"; left out: {said}" if said else ""
-    if min(len(images) for images in found.values()) < 4:
-        raise UserError(f"{flag}: too few different images ({counts}{said}): each split needs 4; add more")
-    print(f"folder:{folder}: {counts} images{said}")
+    said = ", ".join(f"{len(images)} {split}" for split, images in found.items()) + " images"
+    if left_out:
+        said += "; left out: " + ", ".join(f"{len(x)} {why} (first: {x[0]})" for why, x in left_out.items())
+    if min(map(len, found.values())) < 4:
+        raise UserError(f"{flag}: each split needs 4 different images ({', '.join(IMAGE_ENDINGS)}): {said}")
+    print(f"folder:{folder}: {said}")
     return {split: torch.stack(images) for split, images in found.items()}
 
 
@@ -308,7 +278,7 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def colorize(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grey image -> the RGB image. `generator` is unused: all tasks are called alike."""
+    """Grey image -> the RGB image. The generator is for `inpaint`: all tasks are called alike."""
     return grey(images), images
 
 
@@ -327,8 +297,8 @@ def edges(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
 
         g_x = I * [1 0 -1; 2 0 -2; 1 0 -1] / 4,   g_y = g_x transposed,   edge = min(1, |g|)
 
-    The map is white (1) on black (-1), three equal channels. `generator` is unused. The filter is written
-    with shifted sums: a convolution may add in another order on another machine.
+    White (1) on black (-1), three equal channels. The filter is written with shifted sums: a convolution may
+    add in another order on another machine.
     """
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
     across = padded[..., :, 2:] - padded[..., :, :-2]  # (B, 3, S+2, S)
@@ -343,10 +313,9 @@ TASK_FUNCTIONS = {"colorize": colorize, "inpaint": inpaint, "edges": edges}
 
 
 class Sentences:
-    """Visual sentences of one dataset, made on demand.
+    """Visual sentences of one dataset, made on demand, and without a state.
 
-    `sentences(split, index, n)` always gives the same sentences for the same (seed, split, index, n), on
-    every machine, in any order: there is no state to save, and a training step can make its own batch.
+    `sentences(split, index, n)` depends on the seed and these three alone, on every machine, in any order.
     """
 
     tasks = TASKS
@@ -391,10 +360,7 @@ class Sentences:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def __call__(self, split: str, index: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the index-th batch of n sentences of a split.
-
-        Returns images (n, 2K+2, 3, S, S) in [-1, 1], and the task of each sentence, (n,) long into `TASKS`.
-        """
+        """The index-th batch of a split: images (n, 2K+2, 3, S, S) and tasks, (n,) long into `TASKS`."""
         generator = self.generator(split, index)
         scenes = self.scenes(split, n, generator)  # (n, K+1, 3, S, S)
         task = torch.randint(len(TASKS), (n,), generator=generator)
@@ -455,7 +421,7 @@ def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str =
 
 
 def prompt_titles(num_images: int) -> list[str]:
-    """Titles of the images that a sentence of `num_images` has before its last: demonstrations, query."""
+    """Titles of the images that a sentence of `num_images` has before its last."""
     demos = num_images // 2 - 1
     return [*(f"{role} {k + 1}" for k in range(demos) for role in ("source", "target")), "query"]
 

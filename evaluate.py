@@ -1,4 +1,4 @@
-"""What every method writes for held-out sentences, how good it is, and the table and pictures of it.
+"""What every method writes for held-out sentences, how good it is, its table and pictures; loading of runs.
 
     vqgan_limit         the true tokens, decoded: what the tokenizer alone loses
     teacher_forced      the backbone with the true tokens before each position: no accumulated error
@@ -40,9 +40,7 @@ COLOURS = {
     "refined_tokens+states+query": "#5e3c99",
     "parallel": "#c77dba",
 }
-
-
-OF_FORCED = " of teacher_forced"
+OF_FORCED = " of teacher_forced"  # ends the names of what was made of the teacher-forced output
 
 
 def reading(text: str) -> str:
@@ -71,28 +69,19 @@ def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, to
 
 @torch.no_grad()
 def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, autocast, seed: int = 0) -> dict:
-    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}.
-
-    What repairs is also applied to the teacher-forced output: its name ends in `OF_FORCED` then.
-    """
-    device = backbone.head.weight.device
-    codebook = tokenizer.codebook.vectors
-    generator = torch.Generator().manual_seed(seed)
-    written = {}
+    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}."""
+    device, codebook, N = backbone.head.weight.device, tokenizer.codebook.vectors, tokens.shape[2]
+    generator, written = torch.Generator().manual_seed(seed), {}
     for part in tokens.split(64):
         prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
         y_true = part[:, -1].long().to(device)  # (B, N)
-        N = y_true.shape[1]
         with autocast:
             rollout = backbone.generate(prompt, N)
             forced = backbone.replay(prompt, y_true)
             forced = forced._replace(tokens=backbone.logits(forced.states).argmax(-1))
-            now = {
-                "vqgan_limit": y_true,
-                "teacher_forced": forced.tokens,
-                "ar_greedy": rollout.tokens,
-                "ar_sampled": backbone.generate(prompt, N, 1.0, generator=generator).tokens,
-            }
+            sampled = backbone.generate(prompt, N, 1.0, generator=generator)
+            now = {"vqgan_limit": y_true, "teacher_forced": forced.tokens}
+            now |= {"ar_greedy": rollout.tokens, "ar_sampled": sampled.tokens}
             for of, given in (("", rollout), (OF_FORCED, forced)):
                 logits = backbone.logits(given.states)
                 now["expected_embedding" + of] = vsr.expected_embedding(logits, codebook)
@@ -113,18 +102,14 @@ def decode_images(tokenizer: VQGAN, tokens: torch.Tensor, autocast) -> torch.Ten
 
 def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: torch.Tensor, autocast) -> dict:
     """Measure each method on all sentences and by task, against the true images (S, 3, H, W)."""
-    codebook = tokenizer.codebook.vectors.cpu()
-    y_true = written["vqgan_limit"]
-    scores = {}
+    codebook, y_true, scores = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"], {}
+    groups = {"all": task >= 0, **{name: task == number for number, name in enumerate(TASKS)}}  # {name: (S,)}
     for method, y in written.items():
         error = vsr.cosine_error(y, y_true, codebook)  # (S, N)
         images = decode_images(tokenizer, y, autocast)
         psnr, ssim = vqgan.psnr(images, truth), vqgan.ssim(images, truth)  # (S,)
         scores[method] = {}
-        for name in ("all", *TASKS):
-            rows = torch.ones_like(task, dtype=torch.bool)
-            if name != "all":
-                rows = task == TASKS.index(name)
+        for name, rows in groups.items():
             by_position = error[rows].mean(0)  # (N,)
             scores[method][name] = {
                 "cosine_error": by_position.mean().item(),
@@ -154,9 +139,9 @@ def format_table(scores: dict) -> str:
     """The results as text, one line a method."""
     names = ("all", *TASKS)
     head = f"{'':22}{'cosine error (lower is better)':^40}{'gap':>8}{'exposure':>10}{'token':>7}"
-    lines = [head + f"{'PSNR in dB':^32}", " " * 22 + "".join(f"{name:>10}" for name in names)]
-    lines[1] += f"{'closed':>8}{'removed':>10}{'acc.':>7}"
-    lines[1] += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
+    below = " " * 22 + "".join(f"{name:>10}" for name in names) + f"{'closed':>8}{'removed':>10}{'acc.':>7}"
+    below += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
+    lines = [head + f"{'PSNR in dB':^32}", below]
     for method in (method for method in scores if not method.endswith(OF_FORCED)):
         score, shares = scores[method], [""] * 2
         if has_gap(method):
@@ -315,28 +300,24 @@ def load_model(kind: str, checkpoint: dict, device, path) -> nn.Module:
 def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
     """All models of a finished run: tokenizer, backbone, {reading: refiner}, and their configuration.
 
-    path: the folder of a run, or a file that `save_weights` wrote. Raises UserError, naming the file, if a
-    checkpoint is missing or damaged.
+    path: the folder of a run, or a file that `save_weights` wrote. Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
         names = ["tokenizer.pt", "backbone.pt", *(file.name for file in path.glob("refiner_*.pt"))]
         checkpoints = {name: runtime.load_checkpoint(path / name) for name in names}
-    elif path.is_file():
-        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
     else:
-        raise UserError(f"--run {path}: no such folder or file; `python train_refiner.py` makes one")
+        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
     models, weights = {}, {}
-    for name, checkpoint in checkpoints.items():
+    for name, checkpoint in checkpoints.items():  # each after those that it was trained on
         kind, _, reading = name.removesuffix(".pt").partition("_")
         models[reading or kind] = load_model(kind, checkpoint, device, path / name)
-        weights[kind] = runtime.fingerprint(checkpoint["model"])
-    for name, checkpoint in checkpoints.items():
         made_of = checkpoint["config"].get("weights")
-        if made_of is None or any(weights.get(kind) != digest for kind, digest in made_of.items()):
+        if made_of is None or any(weights.get(earlier) != digest for earlier, digest in made_of.items()):
             advice = f"`python train_refiner.py --out {path} --fresh` trains again"
             raise UserError(f"{path / name}: trained with other models than those beside it; {advice}")
-    if len(models) < 3 or not {"tokenizer", "backbone"} <= models.keys():
+        weights[kind] = runtime.fingerprint(checkpoint["model"])
+    if len(models) < 3:
         raise UserError(f"--run {path}: no refiner in it; `python train_refiner.py --out {path}` goes on")
     tokenizer, backbone = models.pop("tokenizer"), models.pop("backbone")
     refiners = dict(sorted(models.items(), key=lambda item: ("tokens" not in item[0], len(item[0]))))

@@ -26,37 +26,28 @@ from runtime import UserError
 SHIPPED = Path(__file__).parent / "weights" / "toy.pt"  # python train_refiner.py --weights weights/toy.pt
 
 
-def sentences_of(config: dict, folder: str | None) -> data.Sentences:
-    """The sentences of a finished run; a folder's pictures are read from where they were, or are now."""
-    scenes = dict(config["data"])
-    if scenes["data"] == "folder:":
-        where = folder.removeprefix("folder:") if folder else config.get("found_in")
-        if where is None:
-            raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
-        scenes["data"] += where
-    sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
-    if sentences.fingerprint != config.get("pictures"):
-        print(f"note: {where} holds other pictures than those that the models were trained on")
-    return sentences
-
-
 def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
-    """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth.
-
-    config: of the run, as `evaluate.load_run` returns it.
-    """
+    """What the flags ask for: images (n, 2K+2, 3, S, S), and whether the last one is the truth."""
     num_demos, size = config["data"]["num_demos"], config["data"]["image_size"]
-    if args.demos and (args.query is None or args.task):
-        raise UserError("--demos: give the image to be completed with --query, and leave --task out")
+    lonely = args.query is not None and not (args.task or args.demos)
+    if lonely or (args.demos and (args.query is None or args.task)):
+        raise UserError("--query goes with either --task or --demos, and --demos with --query alone")
     if args.demos:
         if len(args.demos) != 2 * num_demos:
             pairs = f"{num_demos} source/target pairs"
             raise UserError(f"--demos: {len(args.demos)} images, but these models were trained with {pairs}")
         images = [data.load_image(path, size) for path in (*args.demos, args.query)]
         return torch.stack([*images, torch.zeros_like(images[-1])])[None], False
-    if args.query is not None and args.task is None:
-        raise UserError("--query: give --task, or the demonstrations of a task with --demos")
-    images, task = sentences_of(config, args.data)("test", args.seed, 64)  # with seed 0 as in the evaluation
+    scenes = dict(config["data"])
+    if scenes["data"] == "folder:":  # the pictures are where they were, or where --data says they are now
+        where = args.data.removeprefix("folder:") if args.data else config.get("found_in")
+        if where is None:
+            raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
+        scenes["data"] += where
+    sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
+    if sentences.fingerprint != config.get("pictures"):
+        print(f"note: {where} holds other pictures than those that the models were trained on")
+    images, task = sentences("test", args.seed, 64)  # with seed 0 as in the evaluation
     chosen = images if args.task is None else images[task == TASKS.index(args.task)]
     if args.query is not None:
         chosen, scene = chosen[:1].clone(), data.load_image(args.query, size)[None]
@@ -68,8 +59,7 @@ def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
 def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> None:
     """A GIF: the raster is written token by token with its errors in red, then one refining step.
 
-    query, truth: (3, H, W); written, refined, y_true: tokens (N,). Without a truth (y_true None) no errors
-    are marked. The shown patches are those of the finished image.
+    query, truth: (3, H, W); written, refined, y_true: tokens (N,). If y_true is None no errors are marked.
     """
     (h, w), codebook, font = tokenizer.grid, tokenizer.codebook.vectors, ImageFont.load_default(size=14)
     size = max(256 // query.shape[-1], 1) * query.shape[-1]
@@ -82,18 +72,17 @@ def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> N
     def panel(image, error=None, known=h * w):
         """The picture of the first `known` tokens, errors (N,) as a red tint."""
         pixels = data.to_uint8(image).permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).convert("RGBA")
-        veil = Image.new("RGBA", picture.size)
-        draw = ImageDraw.Draw(veil)
+        picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+        draw = ImageDraw.Draw(picture, "RGBA")  # blends what it draws
         for t in range(h * w):
             x, y = t % w * size // w, t // w * size // h
             box = [x, y, x + size // w - 1, y + size // h - 1]
             if t >= known:
-                draw.rectangle(box, fill=(24, 24, 28, 255))
+                draw.rectangle(box, fill=(24, 24, 28))
             elif error is not None and error[t] > 0:
                 red = (255, 0, 40)
                 draw.rectangle(box, fill=(*red, int(70 + 130 * min(1.0, error[t]))), outline=red)
-        return Image.alpha_composite(picture, veil).convert("RGB")
+        return picture
 
     def add(caption, milliseconds, image, error=None, known=h * w):
         if error is not None:
@@ -123,7 +112,8 @@ def parse_arguments():
     parser.add_argument("--task", choices=TASKS, help="which task (default: a mix)")
     parser.add_argument("--query", metavar="IMAGE", help="your own image, with --task or --demos")
     parser.add_argument("--demos", nargs="+", metavar="IMAGE", help="your demonstrations: source target ...")
-    parser.add_argument("--count", type=int, default=8, help="toy sentences to show (default: 8)")
+    parser.add_argument("--count", type=int, choices=range(1, 17), metavar="N", default=8,
+                        help="toy sentences to show, 1 to 16 (default: 8)")  # fmt: skip
     parser.add_argument("--reads", type=evaluate.reading, help="which refiner: tokens+query (default: all)")
     parser.add_argument("--data", metavar="folder:PATH", help="where the pictures of the training are now")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
@@ -134,21 +124,15 @@ def parse_arguments():
     parser.add_argument("--out", default="generated.png", help="the picture (default: generated.png)")
     parser.add_argument("--gif", metavar="PATH", help="also write an animation of the first sentence")
     args = parser.parse_args()
-    if not 1 <= args.count <= 16:
-        raise UserError(f"--count {args.count}: expected a number from 1 to 16")
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g}: expected 0 (greedy), or 0.001 and above")
-    if args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise UserError("--top-k cannot be negative, and --top-p lies above 0 and up to 1")
-    if args.temperature == 0 and (args.top_k or args.top_p < 1):
-        raise UserError("--top-k and --top-p need a --temperature above 0 (0 is greedy decoding)")
-    for flag, path, endings in (
-        ("--out", args.out, (".png", ".jpg", ".webp")),
-        ("--gif", args.gif, (".gif",)),
-    ):
+    narrowed = (args.top_k, args.top_p) != (0, 1)
+    if narrowed and not (args.temperature > 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
+        raise UserError("--top-k (1 or more) and --top-p (above 0, up to 1) need a --temperature above 0")
+    for flag, path, endings in (("--out", args.out, ".png .jpg .webp"), ("--gif", args.gif, ".gif")):
         if path is not None:
-            if Path(path).suffix.lower() not in endings:
-                raise UserError(f"{flag} {path}: expected a file name ending in {' or '.join(endings)}")
+            if Path(path).suffix.lower() not in endings.split():
+                raise UserError(f"{flag} {path}: expected a file name that ends in one of {endings}")
             runtime.check_writable(Path(path).parent, flag)
     args.run = args.run or ("runs/toy" if Path("runs/toy").is_dir() else SHIPPED)
     return args
@@ -178,14 +162,12 @@ def main():
     y_true = tokens[:, -1] if truth_known else rollout.tokens
     compared = [name for name in written if truth_known or name != "generated"]
     errors = {name: vsr.cosine_error(written[name], y_true, codebook) for name in compared}  # (n, N)
-    titles = [*data.prompt_titles(images.shape[1]), *written, *(["truth"] if truth_known else [])]
-    titles += [f"{'error of' if truth_known else 'changed by'} {name}" for name in compared]
-    rows = []
-    for i in range(len(images)):
-        shown = [*images[i, :-1], *(image[i] for image in made.values())]
-        maps = [error[i].view(tokenizer.grid) for error in errors.values()]
-        rows.append([*shown, *(images[i, -1:] if truth_known else []), *maps])
-    data.save_picture(args.out, rows, column_labels=titles)
+    columns = dict(zip(data.prompt_titles(images.shape[1]), images[:, :-1].unbind(1), strict=True)) | made
+    if truth_known:
+        columns["truth"] = images[:, -1]
+    for name, error in errors.items():
+        columns[f"{'error of' if truth_known else 'changed by'} {name}"] = error.unflatten(1, tokenizer.grid)
+    data.save_picture(args.out, list(zip(*columns.values(), strict=True)), column_labels=list(columns))
     print(f"wrote {args.out}: {len(images)} sentences, with the models of {args.run}")
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()

@@ -1,13 +1,8 @@
-"""Nothing in this file has to do with refinement: it is what lets the others be about nothing else.
-
-Flags, mistakes of the user in one line, devices and precision, files that are whole or not there,
-trainings that go on after a kill, more than one process.
-"""
+"""Nothing about refinement: flags, errors of one line, devices, whole files, resuming, processes."""
 
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -15,11 +10,13 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import typing
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -36,12 +33,6 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
-    def add_run_flags(self, out: str) -> None:
-        self.add_argument("--out", default=out, help=f"folder for what is written (default: {out})")
-        self.add_argument("--seed", type=seed, default=0, help="of data, initialisation and batches")
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-        self.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
-
     def add_config(self, config_class, prefix: str = "", skip: tuple = ()) -> None:
         """Add one flag a field; the annotations are `Annotated[type, help]`, with a range if need be."""
         group = self.add_argument_group(f"{config_class.__name__}: {config_class.__doc__.splitlines()[0]}")
@@ -55,8 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def annotations(config_class) -> dict:
     """{field: (type, help, and a range if there is one)} of a config dataclass."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    return {item.name: typing.get_args(hints[item.name]) for item in dataclasses.fields(config_class)}
+    return {field.name: typing.get_args(field.type) for field in dataclasses.fields(config_class)}
 
 
 def configs_from_flags(args, classes: dict, preset: dict) -> dict:
@@ -124,8 +114,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torch.dtype:
     """`auto`, `float32` or `bfloat16` -> the precision of `autocast`.
 
-    `auto` is bfloat16 where the hardware is fast at it: GPUs, and CPUs with AVX512-BF16 or AMX. In the folder
-    of a run that was begun, it is what the run was begun in.
+    `auto`: what the run in the folder `run` was begun in, else bfloat16 where the hardware is fast at it.
     """
     if name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -137,8 +126,6 @@ def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torc
             if begun != name:
                 print(f"--dtype {begun}: {run} was begun in it; here, --dtype auto would be {name}")
                 name = begun
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {name}: expected auto, float32 or bfloat16")
     return getattr(torch, name)
 
 
@@ -166,7 +153,7 @@ def write_whole(path, write) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason})") from error
+        raise UserError(f"{path}: cannot be written ({reason})") from None
     finally:
         if temporary.is_file():
             temporary.unlink()
@@ -174,12 +161,11 @@ def write_whole(path, write) -> None:
 
 def check_writable(folder, flag: str = "--out") -> None:
     """Make `folder` if need be; raises UserError if nothing can be written there."""
-    probe = Path(folder) / f".probe.{os.getpid()}"
     try:
-        write_whole(probe, Path.touch)
-    except UserError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.__cause__.strerror})") from None
-    probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
 
 
 class InUse(UserError):
@@ -188,34 +174,14 @@ class InUse(UserError):
 
 @contextlib.contextmanager
 def locked(folder, flag: str = "--out", wait: bool = False):
-    """Keep other processes from working on `folder`; if one does, raises InUse, or waits for its end.
-
-    The operating system ends the lock with its process, however that ends.
-    """
+    """Keep other processes from working on `folder`; if one does, raises InUse, or waits for its end."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a") as file:
-        while not try_lock(file):
-            if not wait:
-                advice = f"another process is at work there; wait for it, or give another {flag}"
-                raise InUse(f"{flag} {folder}: {advice}")
-            time.sleep(1)
-        yield
-
-
-def try_lock(file) -> bool:
-    """Lock an open file until it is closed; False if another has locked it."""
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a disk that knows no locks
-    return True
+        with filelock.FileLock(Path(folder) / ".lock", timeout=-1 if wait else 0):
+            yield
+    except filelock.Timeout:
+        advice = f"another process is at work there; wait for it, or give another {flag}"
+        raise InUse(f"{flag} {folder}: {advice}") from None
 
 
 def save(path, content: dict) -> None:
@@ -232,45 +198,29 @@ def load_checkpoint(path) -> dict:
         raise UserError(f"{path}: no such checkpoint; train one with `python train_refiner.py`")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        content.get("config").keys()
     except Exception as error:  # a truncated file, another format, a pickle with code in it
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise UserError(f"{path}: not a checkpoint of this project (no configuration in it)")
     return content
 
 
 def fingerprint(weights: dict) -> str:
-    """16 hex digits that name weights {name: tensor} by their values, rounded to half precision.
-
-    So the same weights in half precision have the same.
-    """
+    """16 hex digits that name weights {name: tensor} by their values."""
     digest = hashlib.sha256()
     for name, x in sorted(weights.items()):
-        x = x.half() if x.is_floating_point() else x
+        x = x.half() if x.is_floating_point() else x  # as `evaluate.save_weights` keeps them
         digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """Name the first field in which two nested configurations differ, with both values, or None.
-
-    `found_in`, the place of files, is not compared.
-    """
+def check_config(path, old: dict, new: dict, advice: str, prefix: str = "") -> None:
+    """Raise UserError, with the first field that differs, if `path` was made with another configuration."""
     for name, value in new.items():
-        if name == "found_in":
-            continue
         if isinstance(value, dict):
-            if found := first_difference(old.get(name, {}), value, f"{prefix}{name}."):
-                return found
-        elif old.get(name) != value:
-            return f"{prefix}{name} = {old.get(name)}, now {value}"
-    return None
-
-
-def check_config(path, old: dict, new: dict, advice: str) -> None:
-    """Raise UserError if what lies at `path` was made with another configuration."""
-    if difference := first_difference(old, new):
-        raise UserError(f"{path} was made with {difference}: give another --out, or {advice}")
+            check_config(path, old.get(name, {}), value, advice, f"{prefix}{name}.")
+        elif name != "found_in" and old.get(name) != value:  # where the files are does not matter
+            difference = f"{prefix}{name} = {old.get(name)}, now {value}"
+            raise UserError(f"{path} was made with {difference}: give another --out, or {advice}")
 
 
 def stage(path: Path, config: dict, name: str, train) -> dict:
@@ -302,57 +252,53 @@ def stage(path: Path, config: dict, name: str, train) -> dict:
 def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None, every=100, unit="step"):
     """The steps of a training, as a bar to loop over. Killed at any moment, it goes on where it was.
 
-    progress: None, or (file, configuration). After every `every` steps the file gets all that the loop
-    changes: `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is
-    there at the start, all of it is put back and its steps are left out; the weights at the end are those
-    of a training that was not interrupted (with dropout, on a CPU only: a GPU's random state is not kept).
-    The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Weights that are not finite
-    are not saved. log["earlier_seconds"]: of earlier attempts. UserError for another configuration.
+    progress: None, or (file, configuration). Every `every` steps the file gets all that the loop changes:
+    `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is there at
+    the start, all of it is put back, and the weights at the end are those of a training that was not
+    interrupted (with dropout, on a CPU only: a GPU's random state is not kept). log["earlier_seconds"]: of
+    earlier attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Raises
+    UserError for another configuration, and for weights that are not finite: they are not saved.
     """
     log["earlier_seconds"], first = 0.0, 0
     if progress and progress[0].is_file():
         first = resume(name, log, parts, *progress)
         print(f"{name}: goes on at {unit} {first} of {steps}")
-    began, earlier = time.perf_counter(), log["earlier_seconds"]
-    interrupts, saved_steps = [], [first]
-    weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
-
-    def keep(step: int) -> None:
-        if all(p.isfinite().all() for p in weights):
-            content = {"config": progress[1], "step": step, "random": torch.get_rng_state()}
-            content["parts"] = {key: get_or_set_state(part) for key, part in parts.items()}
-            seconds = earlier + time.perf_counter() - began
-            save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
-            saved_steps.append(step)
+    began, earlier, interrupted = time.perf_counter(), log["earlier_seconds"], threading.Event()
 
     def interrupt(*_) -> None:
-        interrupts.append(True)
+        interrupted.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
 
+    def finite() -> bool:
+        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        return all(p.isfinite().all() for module in modules for p in module.parameters())
+
     def run():
-        listens = progress is not None and threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGINT, interrupt) if listens else None
+        saved, handler = first, signal.signal(signal.SIGINT, interrupt) if progress else None
         try:
             for step in range(first, steps):
                 yield step  # here the loop does its work
-                if progress and is_first() and (interrupts or step % every == every - 1):
-                    keep(step + 1)
-                if interrupts and is_first():  # one that left earlier would keep it from saving
-                    raise KeyboardInterrupt(f"{name}: {unit} {saved_steps[-1]} of {steps} is saved")
-            if not all(p.isfinite().all() for p in weights):  # no loss has seen the last update
+                stops, due = interrupted.is_set(), step % every == every - 1
+                if progress and is_first() and (stops or due) and finite():
+                    content = {"config": progress[1], "step": step + 1, "random": torch.get_rng_state()}
+                    content["parts"] = {key: state_of(part) for key, part in parts.items()}
+                    seconds = earlier + time.perf_counter() - began
+                    save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+                    saved = step + 1
+                if stops and is_first():  # one that left earlier would keep it from saving
+                    raise KeyboardInterrupt(f"{name}: {unit} {saved} of {steps} is saved")
+            if not finite():  # no loss has seen the last update
                 raise UserError(f"{name}: the weights are not finite; try a lower learning rate")
         finally:
-            if listens:
+            if progress:
                 signal.signal(signal.SIGINT, handler)
 
     return tqdm(run(), desc=name, total=steps, initial=first, unit=unit, mininterval=1, leave=None)
 
 
-def get_or_set_state(part, state=None):
-    """The state of a module, an optimizer or a generator; with `state`, put that into it."""
-    if isinstance(part, torch.Generator):
-        return part.get_state() if state is None else part.set_state(state)
-    return part.state_dict() if state is None else part.load_state_dict(state)
+def state_of(part) -> dict | torch.Tensor:
+    """The state of a module, an optimizer or a generator."""
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
 def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
@@ -361,7 +307,8 @@ def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
     check_config(path, saved["config"], config, "remove the file to begin again")
     try:
         for key, part in parts.items():
-            get_or_set_state(part, saved["parts"][key])
+            load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+            load(saved["parts"][key])
         torch.set_rng_state(saved["random"])
         log.update(saved["log"])
         return saved["step"]
@@ -370,11 +317,13 @@ def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
         raise UserError(f"{path}: {advice}") from None
 
 
-def check_finite(loss: torch.Tensor, name: str, step: int, flag: str, rate: float) -> None:
-    """Raise UserError, with what to try, if a training's loss is no longer finite."""
-    if not torch.isfinite(loss):
-        at = f"the loss is {loss.item()} at step {step}, learning rate {rate:.2g}"
+def finite_mean(loss: torch.Tensor, name: str, step: int, flag: str, rate: float) -> float:
+    """A training's loss, the mean over all processes. UserError, with what to try, if it is not finite."""
+    value = mean_of_all(loss).item()
+    if not math.isfinite(value):
+        at = f"the loss is {value} at step {step}, learning rate {rate:.2g}"
         raise UserError(f"{name}: {at}; try a lower {flag}")
+    return value
 
 
 # More than one process. All draw the same batches from the same seeds, each works on its rows of them,
@@ -395,10 +344,7 @@ def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise UserError(f"--device {device}: with torchrun it is cpu, or cuda: a GPU for each process")
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
-        device = torch.device("cuda", local)
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -409,14 +355,9 @@ def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
     return device
 
 
-def rank_and_size() -> tuple[int, int]:
-    """The rank of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return rank_and_size()[0] == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def end_processes() -> bool:
@@ -430,7 +371,7 @@ def end_processes() -> bool:
 
 def own_rows(total: int) -> slice:
     """The rows of a batch of `total` that this process works on."""
-    rank, size = rank_and_size()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return slice(rank * total // size, (rank + 1) * total // size)
 
 
@@ -446,10 +387,11 @@ def all_rows(own: torch.Tensor, total: int) -> torch.Tensor:
 
 def mean_of_all(own: torch.Tensor) -> torch.Tensor:
     """The mean over all processes, without a gradient."""
-    mean = own.detach()
+    mean = own.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(mean := mean.clone())
-    return mean / rank_and_size()[1]
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
 
 
 def parallel(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,6 +1,4 @@
-"""The main job: train tokenizer, backbone and refiners on toy visual sentences, and measure them.
-
-Five stages, in the order of the method:
+"""The main job: train tokenizer, backbone and refiners on visual sentences, and measure them.
 
     1. tokenizer   a VQGAN turns images into tokens                     tokenizer.pt
     2. backbone    a GPT learns whole visual sentences, next token      backbone.pt
@@ -8,8 +6,7 @@ Five stages, in the order of the method:
     4. refiners    learn to undo those mistakes, cosine loss            refiner_*.pt
     5. evaluation  on sentences of the test split                       metrics.json and four pictures
 
-A stage whose checkpoint lies in --out with the same configuration is reused. The training loops are flat:
-batch, forward, loss, step, log.
+A stage whose checkpoint lies in --out with the same configuration is reused.
 """
 
 import contextlib
@@ -71,12 +68,11 @@ class Muon(torch.optim.Optimizer):
         m = lerp(m, g, 1 - mu),   u = NewtonSchulz(lerp(g, m, mu)) ~ U V^T,   from the SVD U S V^T
         W = (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) u
 
-    Newton-Schulz: u = u / |u|, then five times u = a u + (b u u^T + c (u u^T)^2) u. The factor gives the
-    update the size that AdamW's has. Equals `torch.optim.Muon`, but for the dtype of the products.
+    The factor gives the update the size that AdamW's has.
     """
 
-    # torch's are in bfloat16. Without fast bfloat16 that is half of a training step (0.70 of 1.39 s, two
-    # AVX2 cores); in float32, with matrices of one shape stacked, it is a tenth (0.06 of 0.68 s).
+    # `torch.optim.Muon` has its products in bfloat16. Without fast bfloat16 that is half of a training step
+    # (0.70 of 1.39 s, two AVX2 cores); in float32, with equal shapes stacked, a tenth (0.06 of 0.68 s).
 
     def __init__(self, params, lr: float, weight_decay=0.05, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -133,10 +129,9 @@ def optimizer_step(loss, model: nn.Module, optimizers: list, rate: float, clip: 
 
 
 def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtype, seed=0, progress=None):
-    """Train a VQGAN on the sources and targets of training sentences, drawn afresh at each step.
+    """Train a VQGAN on the images of training sentences, drawn afresh at each step -> (model, log).
 
-    progress: where an unfinished training is kept, see `runtime.training_steps`. Returns the model and
-    the log, {"step": [...], "reconstruction": [...], ...}.
+    progress: see `runtime.training_steps`, here and below. log: {"step": [...], "reconstruction": ...}.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -185,8 +180,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
             z = runtime.all_rows(z.detach(), config.batch_size)
             model.codebook.revive(z.flatten(0, 1), config.revive_every, generator)
         if step % 20 == 0 or step == config.steps - 1:
-            flag = "--vqgan-learning-rate"
-            runtime.check_finite(runtime.mean_of_all(loss), "tokenizer", step, flag, rate)
+            runtime.finite_mean(loss, "tokenizer", step, "--vqgan-learning-rate", rate)
             losses = (pixels, slopes, commitment_loss, adversarial, d_loss)
             values = [runtime.mean_of_all(x).item() for x in losses] + [len(tokens.unique())]
             log["step"].append(step)
@@ -201,11 +195,10 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
 
 def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dtype, seed: int,
                    compile=False, make=GPT, progress=None):  # fmt: skip
-    """Pretrain the backbone, a GPT or what `make` builds, on whole sentences: next-token cross-entropy.
+    """Pretrain the backbone, a GPT or what `make` builds, on whole sentences -> (frozen model, log).
 
-    train, val: tokens (S, 2K+2, N). progress: see `runtime.training_steps`. Returns the frozen model and
-    the log; `val_loss` is on 128 held-out sentences, all tokens, `val_target_loss` and
-    `val_target_accuracy` on the tokens of their last image.
+    train, val: tokens (S, 2K+2, N). `val_loss` is on all tokens of 128 held-out sentences, `val_target_loss`
+    and `val_target_accuracy` on those of their last image.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -231,12 +224,10 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
         optimizer_step(loss, model, optimizers, rate)
 
         if step % 20 == 0 or step == config.steps - 1:
-            loss = runtime.mean_of_all(loss)
-            runtime.check_finite(loss, "backbone", step, "--gpt-learning-rate", rate)
             log["step"].append(step)
-            log["loss"].append(loss.item())
+            log["loss"].append(runtime.finite_mean(loss, "backbone", step, "--gpt-learning-rate", rate))
             speed = config.batch_size * tokens.shape[1] * (bar.format_dict["rate"] or 0)
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{log['loss'][-1]:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             model.eval()
             losses, right = [], []
@@ -258,10 +249,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
 
 
 def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 256, progress=None):
-    """Let the frozen backbone generate the last image of each sentence, free-running.
-
-    tokens: (S, 2K+2, N). progress: see `runtime.training_steps`. Returns y_q (S, N) and a log.
-    """
+    """The frozen backbone generates the last image of sentences (S, 2K+2, N) -> (y_q (S, N), log)."""
     device, batches, log = backbone.head.weight.device, tokens.split(batch), {"generated": []}
     bar = runtime.training_steps("rollouts", len(batches), log, {}, progress, every=10, unit="batch")
     for index in bar:
@@ -277,8 +265,8 @@ def make_rollouts(backbone: GPT, tokens: torch.Tensor, autocast, batch: int = 25
 def replay_rollouts(backbone: GPT, tokens, generated, reads, autocast) -> Rollout:
     """The rollouts with the hidden states that `reads` names, (S, N, C) in bfloat16 on the CPU.
 
-    tokens: sentences (S, 2K+2, N); generated: y_q (S, N). Only tokens are kept on disk. Their states are
-    computed again here, which is cheap: all positions go through the backbone at once.
+    tokens: sentences (S, 2K+2, N); generated: y_q (S, N). Only tokens are kept on disk: to compute their
+    states again is cheap, all positions at once.
     """
     if set(reads) == {"tokens"}:
         return Rollout(generated)
@@ -298,18 +286,15 @@ def replay_rollouts(backbone: GPT, tokens, generated, reads, autocast) -> Rollou
 
 def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, targets: dict, device, dtype,
                   seed: int, loss_function=vsr.cosine_loss, make=Refiner, progress=None):  # fmt: skip
-    """Train one refiner on rollouts of a frozen backbone, of whatever kind.
+    """Train one refiner on rollouts of a frozen backbone, of whatever kind -> (refiner, log).
 
-    reads: see `vsr.Refiner`. rollouts: {"train", "val": Rollout of S rows; states that are not read may
-    be None}. targets: {"train", "val": y* (S, N)}. codebook: (V, D), frozen. Returns the refiner and the
-    log; `val_loss` is the loss on held-out rollouts. A study may name another loss of (refined, target),
-    or another class than `Refiner`.
+    reads: see `vsr.Refiner`. codebook: (V, D), frozen. rollouts: {"train", "val": Rollout of S rows; what is
+    not read may be None}. targets: {"train", "val": y* (S, N)}. `val_loss` is the loss on held-out rollouts.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     autocast = runtime.autocast(device, dtype)
-    seen = rollouts["train"].query if "query" in reads else rollouts["train"].states
-    state_dim = 0 if set(reads) == {"tokens"} else seen.shape[-1]
+    state_dim = next((x.shape[-1] for x in rollouts["train"][1:] if x is not None), 0)
     refiner = make(config, reads, grid, codebook.shape[1], state_dim).to(device)
     optimizers = make_optimizers(refiner, config.learning_rate, dtype)
     step_refiner = runtime.parallel(refiner)
@@ -334,10 +319,8 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
         optimizer_step(loss, refiner, optimizers, rate)
 
         if step % 20 == 0 or step == config.steps - 1:
-            loss = runtime.mean_of_all(loss)
-            runtime.check_finite(loss, "refiner", step, "--refiner-learning-rate", rate)
             log["step"].append(step)
-            log["loss"].append(loss.item())
+            log["loss"].append(runtime.finite_mean(loss, "refiner", step, "--refiner-learning-rate", rate))
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             refiner.eval()
             with torch.no_grad():
@@ -346,7 +329,7 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
             refiner.train()
             log["val_step"].append(step)
             log["val_loss"].append(total / len(targets["val"]))
-            bar.set_postfix(loss=f"{loss.item():.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{log['loss'][-1]:.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
     return refiner.eval().requires_grad_(False), log
 
 
@@ -354,19 +337,19 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
                 config=None, device="cpu", dtype=torch.float32, seed: int = 0):  # fmt: skip
     """Train a refiner for a frozen model from elsewhere: whatever can write tokens, over any codebook.
 
-    write: a function from prompts (B, ...) on the device to what the model writes after them, free-running: a
-        `Rollout`; states that are not read may be None. Take off an offset of the vocabulary.
+    write: a function from prompts (B, ...) on the device to the `Rollout` of what the model writes after
+        them, free-running, an offset of the vocabulary taken off. States that are not read may be None.
     prompts: (S, ...), the sentences without their last image. truth: (S, N), its true tokens y*.
     codebook: (V, D), of any norm. grid: (h, w), N = h * w, raster order. config: a `RefinerConfig`.
-    Returns the refiner and the log of `train_refiner`; a sixteenth of the sentences is held out for
-    `val_loss`. Apply it with `vsr.refine`. Raises ValueError if the shapes do not fit.
+    Returns the refiner and the log; a sixteenth of the sentences is held out for `val_loss`. Apply it with
+    `vsr.refine`. Raises ValueError if the shapes do not fit.
     """
     if not set(reads) <= set(vsr.READS):
         raise ValueError(f"reads {reads!r}: expected one or more of {vsr.READS}")
     config, device = config or RefinerConfig(), torch.device(device)
-    N, batches = grid[0] * grid[1], prompts.split(config.rollout_batch)
+    batches = tqdm(prompts.split(config.rollout_batch), "rollouts", leave=None)
     with torch.no_grad():
-        written = [write(batch.to(device)) for batch in tqdm(batches, "rollouts", leave=None)]
+        written = [write(batch.to(device)) for batch in batches]
     fields = dict.fromkeys(vsr.READS)
     for name in {"tokens", *reads}:
         parts = [getattr(rollout, name) for rollout in written]
@@ -375,9 +358,7 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
         fields[name] = torch.cat([part.cpu() for part in parts])  # (S, N) or (S, N, C)
         vsr.require_finite(fields[name], **{name: fields[name]})
     y, truth = fields["tokens"], truth.cpu()
-    if not y.shape == truth.shape == (len(prompts), N) or len(truth) < 2:
-        shapes = f"tokens {tuple(y.shape)}, truth {tuple(truth.shape)}, grid {grid}"
-        raise ValueError(f"{shapes}: expected (S, N), (S, N), N = h w")
+    vsr.require_same_shape(y, truth)
     if min(y.min(), truth.min()) < 0 or max(y.max(), truth.max()) >= len(codebook):
         raise ValueError(f"tokens outside 0 to {len(codebook) - 1}: take off the offset of the vocabulary")
     held, rollouts, targets = max(1, len(truth) // 16), {}, {}
@@ -411,8 +392,8 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
     autocast, logs, seconds = runtime.autocast(device, dtype), {}, {}
     scenes = {name: value for name, value in asdict(config["data"]).items() if not name.endswith("sentences")}
     made_with = {"run": {"seed": seed, "dtype": str(dtype).removeprefix("torch.")}, "data": scenes}
-    made_with |= {"pictures": sentences.fingerprint} if sentences.fingerprint else {}
     if sentences.folder is not None:  # its pictures are its identity, not the spelling of its path
+        made_with["pictures"] = sentences.fingerprint
         made_with["found_in"] = str(Path(scenes["data"].removeprefix("folder:")).expanduser().resolve())
         scenes["data"] = "folder:"
     made_with["weights"] = {}  # {stage: the fingerprint of the models that later stages are trained on}
@@ -433,8 +414,7 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
         return evaluate.load_model(kind, checkpoint, device, path)
 
     # 1. The tokenizer
-    made_with["vqgan"] = asdict(config["vqgan"])
-    run = (device, dtype, seed)
+    run, made_with["vqgan"] = (device, dtype, seed), asdict(config["vqgan"])
     tokenizer = stage("tokenizer", lambda p: train_tokenizer(config["vqgan"], sentences, *run, p))
     codebook = tokenizer.codebook.vectors
 
@@ -478,7 +458,10 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
 def parse_arguments():
     parser = runtime.Parser(description="Train tokenizer, backbone and refiners; measure what they do.")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of everything (default: toy)")
-    parser.add_run_flags("runs/PRESET")
+    parser.add_argument("--out", default="runs/PRESET", help="folder of the run (default: runs/PRESET)")
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of data, initialisation and batches")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--reads", dest="readings", nargs="+", type=evaluate.reading, default=READINGS,
                         metavar="READING", help="refiners, by what each reads: tokens, states and query, "
                         f"joined by + (default: {' '.join(READINGS)})")  # fmt: skip

@@ -66,9 +66,7 @@ class Codebook(nn.Module):
             return (z.detach().float() @ self.vectors.detach().float().T).argmax(-1)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize unit-norm encoder outputs.
-
-        z: (..., D). Returns quantized (..., D), whose gradient goes straight to z; tokens (...) long;
+        """Unit-norm z (..., D) -> quantized (..., D), whose gradient goes straight to z; tokens (...);
         and the two terms of van den Oord et al. (2017), eq. 3, `sg` being the stop-gradient:
 
             codebook loss ||sg[z] - e||^2   moves the codes          (weight 0.1)
@@ -115,15 +113,11 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig, image_size: int):
         super().__init__()
         if config.factor & (config.factor - 1) or image_size % config.factor:
-            raise ValueError(
-                f"factor {config.factor}: not a power of 2 that divides the image size {image_size}"
-            )
+            raise ValueError(f"factor {config.factor}: no power of 2 that divides the size {image_size}")
         self.config = config
         self.grid = (image_size // config.factor,) * 2  # (h, w)
         levels = config.factor.bit_length() - 1
-        widths = [
-            max(config.channels >> (levels - i), 16) for i in range(levels + 1)
-        ]  # 24, 48, 96 by default
+        widths = [max(config.channels >> (levels - i), 16) for i in range(levels + 1)]  # 24, 48, 96
         down = []
         for i in range(levels):
             # Each halving is one convolution of stride 2; most of the work is done at the tokens' resolution.
@@ -215,10 +209,10 @@ def generator_loss(discriminator, fake: torch.Tensor) -> torch.Tensor:
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer, average=lambda gradient: gradient):
-    """Esser et al. (2021), eq. 7: |grad of reconstruction| / (|grad of adversarial| + 1e-4).
+    """Esser et al. (2021), eq. 7: |grad of reconstruction| / (|grad of adversarial| + 1e-4), in [0, 1e4].
 
     The gradients are those at the decoder's last layer, so both losses pull equally hard at the decoder,
-    whatever their scales. average: over processes, if there are several. In [0, 1e4], no gradient.
+    whatever their scales. average: over processes, if there are several.
     """
     (g_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (g_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
@@ -252,9 +246,7 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
     def blur(x):  # (B, 3, H, W) -> (B, 3, H-10, W-10)
         x = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
-        return F.conv2d(x, window.view(1, 1, 1, 11)).view(
-            *images.shape[:2], *[size - 10 for size in images.shape[2:]]
-        )
+        return F.conv2d(x, window.view(1, 1, 1, 11))[:, 0].unflatten(0, images.shape[:2])
 
     x, y = (images.float() + 1) / 2, (truth.float() + 1) / 2
     m_x, m_y = blur(x), blur(y)
@@ -266,10 +258,9 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score_tokenizer(model: VQGAN, sentences, split: str, autocast) -> dict:
-    """Measure the tokenizer over a whole split of `data.Sentences`: PSNR (dB), code use, edge sharpness.
+    """Measure the tokenizer over a whole split of `data.Sentences`; PSNR in dB, edge maps: None without any.
 
-    `psnr_source` and `psnr_target` go over all tasks' images, `psnr_edges` over edge maps alone (None
-    without any). `perplexity` is exp of the entropy of code frequencies: V if all are used equally often.
+    `perplexity` is exp of the entropy of code frequencies: V if all are used equally often.
     `edge_sharpness` is |gradient of x'| / |gradient of x| over edge maps: 1 is as sharp as the truth.
     """
     device, counts = model.codebook.weight.device, torch.zeros(model.config.codebook_size)

@@ -19,8 +19,8 @@ A worked example: K = 1 demonstration, images of N = 4 tokens, so a visual sente
 
 Pretraining puts cross-entropy on all 16 tokens. The refiner's loss is on the last 4 only.
 
-*Visual Self-Refinement for Autoregressive Models* (arXiv 2510.00993). Tokens are long (B, N); embeddings are
-float (B, N, D). For a backbone of your own you need `Refiner`, `cosine_loss`, `refine`, and torch alone.
+*Visual Self-Refinement for Autoregressive Models* (arXiv 2510.00993). For a backbone of your own you need
+`Refiner`, `cosine_loss`, `refine`, and torch alone.
 """
 
 import math
@@ -115,7 +115,6 @@ class Refiner(nn.Module):
             shape = (len(given[self.reads[0]]), self.grid[0] * self.grid[1], self.read[name][1].in_features)
             if given[name].shape != shape:  # (B, 1, C) would be broadcast without a word
                 raise ValueError(f"{name} {tuple(given[name].shape)}: this refiner expects {shape}")
-        for name in self.reads:
             x = x + self.read[name](given[name].to(self.to_code.weight.dtype))  # (B, N, C)
         for block in self.blocks:
             x = block(x)  # (B, N, C)
@@ -123,10 +122,7 @@ class Refiner(nn.Module):
 
 
 def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of 1 - cos(e'_t, e*_t); refined, target: (B, N, D). In [0, 2].
-
-    Raises ValueError for two shapes.
-    """
+    """Mean over positions of 1 - cos(e'_t, e*_t), both (B, N, D): in [0, 2]. ValueError for two shapes."""
     require_same_shape(refined, target)
     return (1 - F.cosine_similarity(refined.float(), target.float(), dim=-1)).mean()
 
@@ -134,11 +130,9 @@ def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """argmax_v <e'_t, codebook_v> under cosine: (..., D) and codebook (V, D) -> tokens (...) long.
 
-    An embedding's length does not change its nearest code, so only the codebook is normalised. In float32
-    under autocast too: near codes are one and the same number in bfloat16. Raises ValueError for numbers that
-    are not finite.
+    The length of an embedding makes no difference. Raises ValueError for numbers that are not finite.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with torch.autocast(embeddings.device.type, enabled=False):  # near codes are one number in bfloat16
         cosine, tokens = (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).max(-1)
     require_finite(cosine, embeddings=embeddings, codebook=codebook)
     return tokens
@@ -148,10 +142,10 @@ def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
 def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, embeddings=None):
     """One refining pass over what any backbone generated: `refine(refiner, codebook, *rollout)`.
 
-    codebook: (V, D), of any norm. tokens: (B, N) long, or embeddings (B, N, D) in their place. states, query:
-    (B, N, C), as in `Rollout`. What the refiner does not read may be None. Returns the refined tokens y'
-    (B, N) and the refined embeddings e'_seq (B, N, D), unit norm. Raises ValueError if tokens and embeddings
-    are both given, what is read is missing or has another shape, or something is not finite.
+    codebook: (V, D), of any norm. tokens: (B, N), or embeddings (B, N, D) in their place. states, query:
+    (B, N, C). What the refiner does not read may be None. Returns the refined tokens y' (B, N) and embeddings
+    e'_seq (B, N, D), unit norm. Raises ValueError if tokens and embeddings are both given, what is read is
+    missing or has another shape, or something is not finite.
     """
     if tokens is not None and embeddings is not None:
         raise ValueError("refine: give tokens or embeddings, not both")
@@ -199,7 +193,7 @@ def require_finite(result: torch.Tensor, **made_of) -> None:
 def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
     """1 - cos(codebook[y_t], codebook[y*_t]) at each position: (B, N), (B, N) -> (B, N) in [0, 2].
 
-    Exactly 0 where the token is right. Its mean over sentences, summed over t, is the `auc` of Figure 2.
+    Exactly 0 where the token is right. ValueError for two shapes, and for what is no token.
     """
     require_same_shape(tokens, target_tokens)
     vectors = F.normalize(codebook.float(), dim=-1)
@@ -210,8 +204,8 @@ def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
 def gap_closed(free_running: float, refined: float, teacher_forced: float) -> float:
     """(free-running - refined) / (free-running - teacher-forced), of cosine errors; NaN without a gap.
 
-    0 gains nothing, 1 as much as the true prefix would, more is possible, below 0 is harm. It counts two
-    things as one: what had accumulated, and what is wrong on the true prefix too.
+    0 gains nothing, 1 as much as the true prefix would, below 0 is harm. More than 1 is possible: what is
+    wrong on the true prefix too counts as well.
     """
     accumulated = free_running - teacher_forced
     return (free_running - refined) / accumulated if accumulated > 0 else math.nan
@@ -221,7 +215,7 @@ def exposure_removed(free_running: float, refined: float, teacher_forced: float,
     """1 - (refined - refined_forced) / (free-running - teacher-forced): the accumulated error that is gone.
 
     refined_forced: the error after refining the teacher-forced output. So what a refiner does for tokens that
-    are wrong on the true prefix too does not count: (teacher-forced - refined_forced) / teacher-forced.
+    are wrong on the true prefix too does not count. NaN if nothing accumulated.
     """
     accumulated = free_running - teacher_forced
     return 1 - (refined - refined_forced) / accumulated if accumulated > 0 else math.nan
@@ -263,8 +257,8 @@ class RelativeBias(nn.Module):
 
         bias[head, t, s] = table[head, row_s - row_t, column_s - column_t]
 
-    As in Swin (Liu et al., 2021). At the start each head looks at one neighbour, the nearest ones first, as
-    in ConViT (d'Ascoli et al., 2021): a convolution, which learns from few rollouts to look further.
+    As in Swin (Liu et al., 2021). At the start each head looks at one neighbour, the nearest ones first: a
+    convolution, as in ConViT (d'Ascoli et al., 2021).
     """
 
     def __init__(self, heads: int, grid: tuple[int, int]):
@@ -296,8 +290,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0):
         """x: (B, T, C) at positions start .. start+T-1 of the sequence -> (B, T, C).
 
-        With a KV cache (2, B, H, T_max, d) the keys and values of x are kept in it. Either the whole prompt
-        comes at once (start = 0), or one position (T = 1), which sees all that the cache holds.
+        The KV cache (2, B, H, T_max, d) takes the keys and values of x: the whole prompt at once (start = 0),
+        or one position (T = 1), which sees all that is in it.
         """
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, self.head_width)
@@ -358,10 +352,9 @@ class GPTConfig:
 class GPT(nn.Module):
     """A causal Transformer over visual sentences of `num_images` images, N tokens each.
 
-    The vocabulary is the codebook, 0 .. V-1. The start token is V: outside the codebook, never predicted.
-    Input i is token i-1 (the start token for i = 0) and predicts token i. Its position embedding is that of
-    the token to be predicted: the place in its image, plus the number of its image. So the same place in
-    source and target share an embedding, and matching them is easy.
+    The vocabulary is the codebook, 0 .. V-1, and the start token V, which is never predicted. Input i is
+    token i-1 (the start token for i = 0) and predicts token i. Its position embedding is that of token i:
+    the place in its image plus the number of its image. So source and target are easily matched.
     """
 
     def __init__(self, config: GPTConfig, codebook_size: int, tokens_per_image: int, num_images: int):
@@ -407,8 +400,8 @@ class GPT(nn.Module):
     def replay(self, prompt: torch.Tensor, tokens: torch.Tensor | None = None) -> Rollout:
         """The hidden states of `generate` for tokens that are known, in one parallel pass.
 
-        prompt: (B, P), at least N tokens; tokens: (B, N). With y_q these are the states of the rollout (up to
-        rounding), with y* the teacher-forced ones; with None only those of the query are given.
+        prompt: (B, P); tokens: (B, N). With y_q these are the states of the rollout (up to rounding), with y*
+        the teacher-forced ones, with None those of the query alone.
         """
         N, P = self.tokens_per_image, prompt.shape[1]
         known = prompt if tokens is None else torch.cat([prompt, tokens[:, :-1]], dim=1)
@@ -420,8 +413,8 @@ class GPT(nn.Module):
     def generate(self, prompt, num_tokens: int, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         """Continue prompts (B, P) by num_tokens tokens each, free-running, with a KV cache -> Rollout.
 
-        temperature 0 is greedy; otherwise tokens are drawn (see `sample`). The cache lives in this call only.
-        Raises ValueError if the whole is longer than the model's sentences, or states are not finite.
+        temperature, top_k, top_p: see `sample`. Raises ValueError if the whole is longer than the model's
+        sentences, or states are not finite.
         """
         B, P = prompt.shape
         if P + num_tokens > self.max_tokens:
@@ -450,8 +443,8 @@ class GPT(nn.Module):
 def sample(logits, temperature: float, top_k: int, top_p: float, generator=None) -> torch.Tensor:
     """Draw one token for each row of logits (B, V) -> (B,) long.
 
-    temperature: 0 takes the likeliest, 1 the model's own distribution. top_k: keep the k likeliest (0, or
-    more than there are: all). top_p: keep the likeliest up to and with the one that reaches this probability.
+    temperature: 0 is greedy, 1 the model's own distribution. top_k: keep the k likeliest (0: all). top_p:
+    keep the likeliest up to and with the one that reaches this probability.
     """
     if temperature <= 0:
         return logits.argmax(-1)

@@ -82,7 +82,7 @@ def parse_arguments():
     parser.add_argument("--out", default="results", help="folder for tables and pictures (default: results)")
     parser.add_argument("--work", default="runs/studies", help="folder for models (default: runs/studies)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: auto)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     classes = {**train_refiner.CONFIGS, "study": runner.StudyConfig}
     for name, config_class in classes.items():
         parser.add_config(config_class, "" if name == "data" else f"{name}_")

@@ -465,7 +465,7 @@ def test_a_folder_that_has_changed_is_not_put_together_with_models_of_the_old_on
     show = ["--run", folder_run.out, "--out", tmp_path / "own.png", "--device", "cpu", "--query", own[0]]
     assert command(generate, *show, "--demos", *own[1:]).status == 0
     assert (tmp_path / "own.png").is_file()
-    assert "has folders for train and test alone" in command(generate, *show, "--task", "edges").err[-1]
+    assert "has no folder for val" in command(generate, *show, "--task", "edges").err[-1]
 
     # A file of weights goes to people who have the folder elsewhere, or have it not
     evaluate.save_weights(tmp_path / "weights.pt", folder_run.out, ["tokens"])
@@ -608,7 +608,7 @@ MISTAKES = {
         ("--vqgan-gan-weight 0.5 --vqgan-gan-start nan", "--vqgan-gan-start"),
         ("--device meta", "--device meta"),
         ("--device abacus", "--device abacus"),
-        ("--dtype int3", "--dtype int3"),
+        ("--dtype int3", "--dtype"),
         ("--out {tmp}/file/below", "--out"),
         ("--palette rainbow", "--palette rainbow"),
         ("--weights {tmp}/weights.bin", "--weights"),
@@ -636,7 +636,7 @@ MISTAKES = {
         ("--run {run} --task edges --query {tmp}/nowhere.png", "nowhere.png"),
         ("--run {run} --reads states", "--reads states"),
         ("--run {run} --reads pixels", "--reads"),
-        ("--run {run} --count 0", "--count 0"),
+        ("--run {run} --count 0", "--count"),
         ("--run {run} --gif {tmp}/film.mp4", "--gif"),
         ("--run {run} --out {tmp}/picture.doc", "--out"),
         ("--run {run} --out {tmp}/file/below.png", "--out"),

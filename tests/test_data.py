@@ -320,7 +320,7 @@ def test_usual_spellings_of_splits_are_understood(tmp_path, names):
 def test_incomplete_splits_are_refused_and_not_mixed(tmp_path, names):
     write_splits(tmp_path, names, 20)
     write_splits(tmp_path, ["others"], 20)
-    with pytest.raises(UserError, match=r"has folders for .* alone; add .* mixed$"):
+    with pytest.raises(UserError, match=r"has no folder for .*; add .* mixed$"):
         data.load_folder(str(tmp_path), 16)
 
 
@@ -361,13 +361,13 @@ def test_links_to_folders_are_followed_and_never_in_a_circle(photos, tmp_path):
 def test_many_copies_of_one_picture_are_said_to_be_copies(tmp_path):
     for i in range(30):
         Image.new("RGB", (16, 16), "green").save(tmp_path / f"{i}.png")
-    with pytest.raises(UserError, match=r"too few different images \(.*left out: 29 copies\)"):
+    with pytest.raises(UserError, match=r"each split needs 4 .*left out: 29 copies"):
         data.load_folder(str(tmp_path), 16)
 
 
 def test_a_folder_of_other_files_says_which(tmp_path):
     (tmp_path / "photo.heic").write_text("")
-    with pytest.raises(UserError, match=r"no image files .*1 \.heic"):
+    with pytest.raises(UserError, match=r"0 train, .*1 \.heic"):
         data.load_folder(str(tmp_path), 16)
 
 
@@ -385,6 +385,11 @@ def test_a_tag_that_is_damaged_is_no_reason_to_refuse_a_picture(tmp_path, ending
     image = data.load_image(path, 16)
     assert image[:, 0].mean() > 0.9
     assert image[:, -1].mean() < -0.9
+
+
+def test_a_picture_whose_tags_are_no_tags_is_read(tmp_path):
+    Image.new("RGB", (20, 20), "white").save(tmp_path / "x.webp", exif=b"nonsense", lossless=True)
+    assert (data.load_image(tmp_path / "x.webp", 16) == 1).all()
 
 
 def tiff(path, values, bits: int, *, kind: int = 1, top: int | None = None):
@@ -413,12 +418,10 @@ def test_numbers_of_other_depths_are_scaled_by_what_the_file_says(tmp_path):
     assert steps.tolist() == [0, 1, 1, 255]
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits", "name"), [(2, 16, "signed"), (1, 32, "whole"), (3, 32, "floating-point")]
-)
-def test_numbers_without_a_range_are_named(tmp_path, kind, bits, name):
+@pytest.mark.parametrize(("kind", "bits"), [(2, 16), (1, 32), (3, 32)], ids=["signed", "whole", "floating"])
+def test_numbers_without_a_range_are_named(tmp_path, kind, bits):
     tiff(tmp_path / "x.tif", bytes(256 * bits // 8), bits, kind=kind)
-    with pytest.raises(UserError, match=rf"x\.tif: .*{name} numbers of {bits} bits"):
+    with pytest.raises(UserError, match=r"x\.tif: .*numbers without a known range"):
         data.load_image(tmp_path / "x.tif", 16)
 
 

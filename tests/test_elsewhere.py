@@ -103,8 +103,8 @@ def toy_write(prompts):
 @pytest.mark.parametrize(
     ("truth", "grid", "codebook", "line"),
     [
-        (torch.zeros(8, N + 1, dtype=torch.long), GRID, torch.randn(V, 8), "expected"),
-        (torch.zeros(8, N, dtype=torch.long), (4, 5), torch.randn(V, 8), "expected"),
+        (torch.zeros(8, N + 1, dtype=torch.long), GRID, torch.randn(V, 8), "two shapes"),
+        (torch.zeros(8, N, dtype=torch.long), (4, 5), torch.randn(V, 8), "expects"),
         (torch.full((8, N), V), GRID, torch.randn(V, 8), "offset of the vocabulary"),
     ],
     ids=["another N", "another grid", "an offset"],
@@ -159,7 +159,7 @@ def overflow(states):
         (writes(states=lambda x: x[:, :, :4].repeat(1, 2, 1)), r"states \(\d+, 32, 4\)"),
         (writes(states=overflow), "not finite: states"),
         (writes(tokens=lambda y: y - 1), "outside 0 to 63"),
-        (writes(tokens=lambda y: y[:, -1:]), "expected"),
+        (writes(tokens=lambda y: y[:, -1:]), "two shapes"),
     ],
     ids=["the last state only", "another number of places", "an overflow", "-1", "the last token only"],
 )

@@ -57,14 +57,15 @@ def test_a_flag_goes_over_the_preset_and_the_preset_over_the_default():
     assert preset == {"layers": 7, "heads": 3}
 
 
-def test_first_difference_names_the_nested_field():
+def test_the_first_difference_of_two_configurations_is_named():
     old = {"gpt": {"layers": 2, "width": 64}, "seed": 0}
-    assert runtime.first_difference(old, {"gpt": {"layers": 2, "width": 64}, "seed": 0}) is None
+    runtime.check_config("x.pt", old, {"gpt": {"layers": 2, "width": 64}, "seed": 0, "found_in": "here"}, "")
     layers, heads, factor = {"layers": 3, "width": 64}, {"heads": 2}, {"factor": 4}
     for changed in ({"gpt": layers}, {"seed": 1}, {"gpt": heads}, {"vqgan": factor}):
         ((group, value),) = changed.items()
         name = f"{group}.{next(iter(value))}" if isinstance(value, dict) else group
-        assert runtime.first_difference(old, {**old, **changed}).startswith(f"{name} = ")
+        with pytest.raises(UserError, match=rf"^x\.pt was made with {name} = .*, or advice$"):
+            runtime.check_config("x.pt", old, {**old, **changed}, "advice")
 
 
 # Files
