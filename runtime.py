@@ -16,7 +16,7 @@ import time
 import typing
 from pathlib import Path
 
-import filelock
+import filelock  # torch depends on it
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

@@ -187,7 +187,7 @@ def show(cells: list) -> str:
 def plot(path, cells: list) -> None:
     names = [name for name in cells[0]["scores"] if not name.endswith("of greedy")]
     figure = report.new_figure(3, 4.0, 0.8 + 0.32 * len(names))
-    colours = ["#d1495b" if name in ("greedy", "sampled") else "#1d4e9e" for name in names]
+    colours = [evaluate.COLOURS.get(name.split(",")[0], evaluate.COLOURS["ar_greedy"]) for name in names]
     for axis, measure in zip(figure.axes, ("tokens right", "coherent", "colour"), strict=True):
         values = [[cell["scores"][name][measure] for cell in cells] for name in names]
         report.bars(axis, names if axis is figure.axes[0] else [""] * len(names), values, colours)
@@ -198,5 +198,6 @@ def plot(path, cells: list) -> None:
     pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
     size = pixels.shape[1] // 8
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
-    titles = ["query", *(name.removesuffix(", of sampled") for name in SHOWN), "nearest valid"]
+    shown = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
+    titles = ["query", *shown, "nearest valid"]
     data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, column_labels=titles)
