@@ -282,7 +282,7 @@ def check_exposure_removed(exposure_removed, base_error_removed) -> None:
         try:
             got = value(function, name, *errors)
         except Wrong as wrong:
-            raise Wrong(f"{wrong}. {why}: give NaN (math.nan)") from wrong.__cause__
+            raise Wrong(f"{wrong}. {why.capitalize()}: give NaN (math.nan)") from wrong.__cause__
         expect(math.isnan(got), f"{name}{errors} gave {got:.4g}, expected NaN: {why}")
 
     known = [  # F, F', T, T'
@@ -570,7 +570,7 @@ def check_window_mask(window_mask) -> None:
             if torch.equal(missing, wanted & (torch.arange(N)[:, None] < torch.arange(N))):
                 line += "the refiner is not causal, later positions count too"
             elif not (missing & ((down == 0) | (across == 0))).any():
-                line += f"{down[t, s]} down and {across[t, s]} across. Each counts on its own, not their sum"
+                line += f"{down[t, s]} down and {across[t, s]} across. Each counts on its own: a square"
             else:
                 line += f"{down[t, s]} down and {across[t, s]} across, and neither is more than {radius}"
             raise Wrong(line)
@@ -1116,7 +1116,7 @@ def check_training(train, reads: tuple) -> None:
         raise
     calls = refiner.calls
     expect(calls or not refiner.blind, unseen)
-    expect(calls, "no gradient went through the refiner that was given: loss.backward() is missing")
+    expect(calls, "no gradient went through the refiner that was given: train this one, with loss.backward()")
     for name, value in frozen.items():
         same = torch.equal(value, copies[name]) and not value.requires_grad
         expect(same, f"{name} has changed, or would learn: nothing but the refiner is trained")
