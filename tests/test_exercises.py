@@ -15,8 +15,10 @@ from conftest import ROOT
 import data
 import evaluate
 import runtime
+import train_refiner
 import vqgan
 import vsr
+from studies.window import WindowBias
 
 sys.path.append(str(ROOT / "notebooks" / "exercises"))
 
@@ -101,7 +103,7 @@ def shipped(monkeypatch, tiny_weights):
 # The notebooks
 
 
-def test_there_are_thirteen_in_order_of_difficulty():
+def test_there_are_sixteen_in_order_of_difficulty():
     minutes = []
     for number, name in enumerate(NAMES, 1):
         assert name.startswith(f"{number:02d}_")
@@ -114,14 +116,14 @@ def test_there_are_thirteen_in_order_of_difficulty():
                 ).group(1)
             )
         )
-    assert len(NAMES) == 13 and minutes == sorted(minutes) and minutes[0] >= 10 and minutes[-1] <= 60
+    assert len(NAMES) == 16 and minutes == sorted(minutes) and minutes[0] >= 10 and minutes[-1] <= 60
     table = re.findall(
         r"^\| (\d+) \| \[.*?\]\((.*?)\.ipynb\) \| (\d+) \|",
         (EXERCISES / "README.md").read_text(),
         re.MULTILINE,
     )
     assert [(int(n), name, int(m)) for n, name, m in table] == list(
-        zip(range(1, 14), NAMES, minutes, strict=True)
+        zip(range(1, 17), NAMES, minutes, strict=True)
     )
 
 
@@ -224,6 +226,9 @@ def test_a_stub_fails_with_one_line(name, run_cells, shipped):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_solution_passes_and_its_pictures_are_drawn(name, run_cells, shipped, capsys):
     cells = code_of_solution(name)
+    shorter = {"steps = 1, 300": "steps = 1, 20", "load_lesson(seed)": "load_lesson(seed, train=64, val=32)"}
+    for long, short in shorter.items():  # the control's minute of training
+        cells = [cell.replace(long, short) for cell in cells]
     run_cells(cells)
     assert capsys.readouterr().out.count("\n") >= 1, "a line when all is right"
     assert "plt.show()" in "".join(cells)
@@ -305,6 +310,140 @@ def nearest_by_loop(embeddings, codebook):
     tokens = [max(range(len(codebook)), key=lambda v: F.cosine_similarity(e, codebook[v], 0).item()) for e in
               embeddings.reshape(-1, embeddings.shape[-1])]  # fmt: skip
     return torch.tensor(tokens).view(embeddings.shape[:-1])
+
+
+def exposure_right(free_running, refined, teacher_forced, refined_forced):
+    if free_running <= teacher_forced:
+        return float("nan")
+    accumulated, left = free_running - teacher_forced, refined - refined_forced
+    return (accumulated - left) / accumulated
+
+
+def exposure_tensor(*errors):
+    a, r, t, rt = torch.tensor(errors, dtype=torch.float64)
+    return torch.where(a > t, 1 - (r - rt) / (a - t), torch.nan)
+
+
+def base_right(teacher_forced, refined_forced):
+    return 1 - refined_forced / teacher_forced if teacher_forced else float("nan")
+
+
+def base_tensor(teacher_forced, refined_forced):
+    return (
+        1 - torch.tensor(refined_forced) / teacher_forced if teacher_forced > 0 else torch.tensor(torch.nan)
+    )
+
+
+def window_by_loop(grid, radius):
+    mask = torch.full((grid[0] * grid[1],) * 2, -torch.inf)
+    for t in range(len(mask)):
+        for s in range(len(mask)):
+            (y, x), (j, i) = divmod(t, grid[1]), divmod(s, grid[1])
+            if abs(y - j) <= radius and abs(x - i) <= radius:
+                mask[t, s] = 0
+    return mask
+
+
+def window_by_pooling(grid, radius):
+    """Each key as a picture with one bright place, which spreads by `radius`."""
+    places = torch.eye(grid[0] * grid[1]).view(-1, 1, *grid)
+    return F.max_pool2d(places, 2 * radius + 1, 1, radius).flatten(1).log()
+
+
+def window_of_the_study(grid, radius):
+    bias = WindowBias(1, grid, radius, "anywhere")
+    return bias()[0].detach()
+
+
+def window_with(near=lambda y, x, r: (abs(y) <= r) & (abs(x) <= r), width=1, hidden=-torch.inf, shown=0.0):
+    """A mask that is right by default. near: of the differences in rows and in columns (N, N)."""
+
+    def mask(grid, radius):
+        place = torch.arange(grid[0] * grid[1])
+        row, column = place // grid[width], place % grid[width]
+        sees = near(row - row[:, None], column - column[:, None], radius)
+        return torch.where(sees, shown, hidden)
+
+    return mask
+
+
+def window_of_the_raster(grid, radius):
+    place = torch.arange(grid[0] * grid[1])
+    return torch.zeros(len(place), len(place)).masked_fill(
+        (place - place[:, None]).abs() > radius, -torch.inf
+    )
+
+
+def window_around_a_ring(grid, radius):
+    h, w = grid
+
+    def near(y, x, r):
+        return ((y % h <= r) | (-y % h <= r)) & ((x % w <= r) | (-x % w <= r))
+
+    return window_with(near)(grid, radius)
+
+
+def training(
+    rows=lambda step, S: torch.randint(S, (32,)), given=lambda tokens, target, rows: tokens[rows],
+    asked=lambda tokens, target, rows: target[rows], states=lambda query, rows: query[rows],
+    call=lambda refiner, embeddings, states: refiner(embeddings, query=states), sign=1, clear=True, move=True,
+    rate=1e-2, also=(), steps=lambda steps: steps, result=lambda losses: losses,
+):  # fmt: skip
+    """A training with AdamW that is right by default; each argument changes one of its parts."""
+
+    def train(refiner, codebook, rollout, target, total):
+        learns = [*refiner.parameters(), *(x.requires_grad_() for x in (codebook,) if "codebook" in also)]
+        optimizer, losses = torch.optim.AdamW(learns, lr=rate), []
+        for step in range(steps(total)):
+            batch = rows(step, len(target))
+            embeddings = codebook[given(rollout.tokens, target, batch)]
+            refined = call(refiner, embeddings, states(rollout.query, batch))
+            loss = sign * vsr.cosine_loss(refined, codebook[asked(rollout.tokens, target, batch)])
+            if clear:
+                optimizer.zero_grad()
+            loss.backward()
+            if move:
+                optimizer.step()
+            losses.append(loss.item())
+        return result(losses)
+
+    return train
+
+
+def train_in_epochs(refiner, codebook, rollout, target, steps):
+    """Right: every rollout once before any comes again; SGD; the dot product, since both have unit norm."""
+    optimizer = torch.optim.SGD(refiner.parameters(), lr=1.0, momentum=0.9)
+    losses = torch.zeros(steps)
+    for step in range(steps):
+        start = step * 32 % len(target)
+        if start == 0:
+            order = torch.randperm(len(target))
+        rows = order[start : start + 32]
+        embeddings, _, query = (None if x is None else x[rows] for x in rollout)
+        refined = refiner(codebook[embeddings], None, query)
+        loss = (1 - (refined * codebook[target[rows]]).sum(-1)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[step] = loss.detach()
+    return losses
+
+
+def train_as_the_project(refiner, codebook, rollout, target, steps):
+    optimizers, losses = train_refiner.make_optimizers(refiner, 2e-2), []
+    for step in range(steps):
+        rows = torch.randint(len(target), (32,))
+        loss = vsr.cosine_loss(refiner(codebook[rollout.tokens[rows]], None, rollout.query[rows]),
+                               codebook[target[rows]])  # fmt: skip
+        rate = train_refiner.scheduled_rate(step, steps, 2e-2)
+        train_refiner.optimizer_step(loss, refiner, optimizers, rate)
+        losses.append(loss.detach())
+    return losses
+
+
+def train_a_copy(refiner, *given):
+    own = vsr.Refiner(vsr.RefinerConfig(layers=1, heads=2, width=16), refiner.reads, (2, 3), 5, 7)
+    return training()(own, *given)
 
 
 def mask_by_comparison(T):
@@ -758,17 +897,20 @@ RIGHT = {
     1: [(gap_right,), (gap_tensor,), (vsr.gap_closed,)],
     2: [(loss_by_hand,), (loss_by_distance,), (vsr.cosine_loss,)],
     3: [(nearest_by_distance,), (nearest_by_loop,), (vsr.nearest_code,)],
-    4: [(mask_by_comparison, softmax_by_loop), (mask_by_comparison, softmax_by_additive_mask),
+    4: [(exposure_right, base_right), (exposure_tensor, base_tensor), (vsr.exposure_removed, base_right)],
+    5: [(mask_by_comparison, softmax_by_loop), (mask_by_comparison, softmax_by_additive_mask),
         (lambda T: ~torch.ones(T, T, dtype=torch.bool).triu(1), softmax_renormalised)],
-    5: [(lambda z, e: e.detach() + z - z.detach(),), (StraightThrough.apply,)],
-    6: [(losses_by_mse,), (losses_by_loop,)],
-    7: [(edges_of_the_project,), (edges_with(),), (edges_with(kernel=((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))),)],
-    8: [(top_p_by_loop,), (top_p_on_logits,)],
-    9: [(Lora,), (LoraWrapped,)],
-    10: [(gate_by_loop, choose_by_loop), (gate_by_arithmetic, choose_right)],
-    11: [(step_with(),), (step_masked,)],
-    12: [(Refines,), (RefinesByProject,)],
-    13: [(improve_plainly,), (improve_by_rollouts,), (lambda case: case.rollout.tokens,)],
+    6: [(lambda z, e: e.detach() + z - z.detach(),), (StraightThrough.apply,)],
+    7: [(losses_by_mse,), (losses_by_loop,)],
+    8: [(window_by_loop,), (window_by_pooling,), (window_of_the_study,), (window_with(),)],
+    9: [(edges_of_the_project,), (edges_with(),), (edges_with(kernel=((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))),)],
+    10: [(top_p_by_loop,), (top_p_on_logits,)],
+    11: [(Lora,), (LoraWrapped,)],
+    12: [(gate_by_loop, choose_by_loop), (gate_by_arithmetic, choose_right)],
+    13: [(training(),), (train_in_epochs,), (train_as_the_project,)],
+    14: [(step_with(),), (step_masked,)],
+    15: [(Refines,), (RefinesByProject,)],
+    16: [(improve_plainly,), (improve_by_rollouts,), (lambda case: case.rollout.tokens,)],
 }  # fmt: skip
 
 WRONG = {
@@ -815,6 +957,35 @@ WRONG = {
         ),
     ],
     4: [
+        (
+            (lambda a, r, t, rt: gap_right(a, r, t), base_right),
+            r"\(0.5, 0, 0.1, 0\) gave 1.25, expected 1: that is gap closed",
+        ),
+        ((lambda *errors: 1 - exposure_right(*errors), base_right), "that is the part that is left"),
+        ((lambda a, r, t, rt: 1 - (r - rt) / a, base_right), "you divide by the free-running error"),
+        ((lambda a, r, t, rt: (a - t) - (r - rt), base_right), "divide by what accumulated, F - T"),
+        ((lambda *errors: min(1.0, exposure_right(*errors)), base_right), "nothing is cut off at 1"),
+        ((lambda *errors: max(0.0, exposure_right(*errors)), base_right), "the number is below 0"),
+        (
+            (lambda a, r, t, rt: exposure_right(a, r, rt, t), base_right),
+            "expected 1: one that returns the truth",
+        ),
+        ((lambda a, r, t, rt: 1 - (r - rt) / (a - t), base_right), "ZeroDivisionError .*give NaN"),
+        (
+            (lambda a, r, t, rt: 1 - (r - rt) / (a - t) if a != t else float("nan"), base_right),
+            r"\(0.2, 0.2, 0.3, 0.1\) gave 2, expected NaN: nothing has accumulated",
+        ),
+        ((lambda *errors: None, base_right), "exposure_removed gave None"),
+        ((exposure_right, lambda t, rt: t - rt), "base_error_removed.* divide by T"),
+        ((exposure_right, lambda t, rt: rt / t if t else float("nan")), "1 minus it is gone"),
+        (
+            (exposure_right, lambda t, rt: (t - rt) / t),
+            "There is no error to remove: give NaN",
+        ),
+        ((exposure_right, lambda t, rt: 1 - rt / t if t else 0.0), "gave 0, expected NaN"),
+        ((exposure_right, lambda t, rt: max(0.0, base_right(t, rt))), "it became more"),
+    ],
+    5: [
         ((lambda T: torch.ones(T, T, dtype=torch.bool), None), "your mask lets position 0 see position 1"),
         ((lambda T: ~mask_by_comparison(T), None), "True means that the query may see"),
         (
@@ -842,7 +1013,7 @@ WRONG = {
         ((mask_by_comparison, softmax_over_queries), "your softmax runs over the queries"),
         ((mask_by_comparison, softmax_in_place), "changed its argument number 1 in place"),
     ],
-    5: [
+    6: [
         ((lambda z, e: e,), "no gradient reaches z"),
         ((lambda z, e: e.detach(),), "no gradient at all"),
         ((lambda z, e: z,), "forwards it gives z"),
@@ -850,7 +1021,7 @@ WRONG = {
         ((lambda z, e: e + z - z.detach(),), "a gradient also reaches e"),
         ((lambda z, e: 2 * z + (e - 2 * z).detach(),), "backwards it has to be the identity"),
     ],
-    6: [
+    7: [
         ((lambda z, e: losses_by_mse(z, e)[::-1],), "the two are swapped"),
         (
             (lambda z, e: (F.mse_loss(z.detach(), e), F.mse_loss(z, e.detach())),),
@@ -875,7 +1046,47 @@ WRONG = {
         ),
         ((lambda z, e: sum(losses_by_mse(z, e)),), "return codebook_loss, commitment_loss"),
     ],
-    7: [
+    8: [
+        (
+            (window_of_the_raster,),
+            r"position 7 \(row 0, column 7\) sees position 8 \(row 1, column 0\): neighbours in the raster "
+            "need not be neighbours in the image",
+        ),
+        ((window_around_a_ring,), r"position 0 .* sees position 7 .*: nothing goes on beyond the border"),
+        (
+            (window_with(lambda y, x, r: abs(y) <= r),),
+            r"position 0 .* sees position 2 .*0 down and 2 across",
+        ),
+        (
+            (window_with(lambda y, x, r: abs(x) <= r),),
+            r"sees position 16 \(row 2, column 0\): 2 down and 0 acr",
+        ),
+        (
+            (window_with(lambda y, x, r: abs(y) + abs(x) <= r),),
+            r"position 0 .* does not see position 9 .*1 down and 1 across. Each counts on its own",
+        ),
+        (
+            (window_with(lambda y, x, r: y * y + x * x <= r * r),),
+            "1 down and 1 across. Each counts on its own",
+        ),
+        ((window_with(lambda y, x, r: (abs(y) < r) & (abs(x) < r)),), "0 down and 1 across, and neither"),
+        ((window_with(lambda y, x, r: ((abs(y) <= r) & (abs(x) <= r)) & (y + x != 0)),), "see itself"),
+        (
+            (window_with(lambda y, x, r: (abs(y) <= r) & (abs(x) <= r) & (8 * y + x <= 0)),),
+            "does not see position 1 .*not causal, later positions count too",
+        ),
+        ((window_with(width=0),), "rows and columns are mixed up"),
+        ((window_with(shown=-torch.inf, hidden=0.0),), "the wrong way round"),
+        ((window_with(shown=1.0, hidden=0.0),), r"entry \[0, 0\] is 1. The mask is added to the scores"),
+        ((window_with(hidden=-1e9),), r"entry \[0, 2\] is -1e\+09"),
+        ((lambda grid, radius: window_with()(grid, radius) == 0,), "gave torch.bool, expected torch.float32"),
+        (
+            (lambda grid, radius: window_with()(grid, radius).view(*grid, *grid),),
+            r"gave shape \(5, 8, 5, 8\)",
+        ),
+        ((lambda grid, radius: window_with()(grid, radius)[None],), r"expected \(40, 40\)"),
+    ],
+    9: [
         ((edges_with(padding="constant"),), "flat image has an edge of strength .* at its border"),
         ((edges_with(finish=lambda s: s.clamp(max=1)),), "a flat image gives 0, expected -1"),
         ((edges_with(divide=1),), "divide the kernels by 4"),
@@ -899,7 +1110,7 @@ WRONG = {
             "a flat image: at row 0",
         ),
     ],
-    8: [
+    10: [
         (
             (top_p_with(drop=lambda p, ordered, top_p: ordered.cumsum(-1) > top_p),),
             r"tokens \[1\] are kept, 0.500 in all, less than top_p: the token that reaches",
@@ -932,7 +1143,7 @@ WRONG = {
             "in place",
         ),
     ],
-    9: [
+    11: [
         ((LoraNotFrozen,), "linear.bias, linear.weight would be trained as well"),
         ((LoraBothZero,), "A and B both start at zero"),
         ((LoraBothRandom,), "before training the layer is off .* B has to start at zero"),
@@ -942,7 +1153,7 @@ WRONG = {
         ((LoraMergesIntoItself,), "merged changed the layer itself"),
         ((LoraMergesNothing,), "the merged layer is off by up to .* its weight is W [+] B A"),
     ],
-    10: [
+    12: [
         ((gate_by_cosine, choose_right), "is below the threshold, but the token was replaced"),
         ((gate_the_other_way, choose_right), "it is the other way round"),
         ((gate_by_sentence, choose_right), "is above the threshold, but the backbone's token 19 is kept"),
@@ -966,7 +1177,54 @@ WRONG = {
         ((gate_right, lambda thresholds, *_: 7), "gave 7, which is not one of the thresholds"),
         ((gate_right, lambda thresholds, *_: None), "choose_threshold gave None"),
     ],
-    11: [
+    13: [
+        (
+            (training(given=lambda tokens, target, rows: target[rows]),),
+            "step 0: the refiner was given the true",
+        ),
+        (
+            (training(asked=lambda tokens, target, rows: tokens[rows]),),
+            "step 0: you compare with what was written",
+        ),
+        (
+            (training(asked=lambda tokens, target, rows: target[torch.randint(64, (32,))]),),
+            "not that of the cosine loss against .* with the rows of this batch",
+        ),
+        (
+            (training(given=lambda tokens, target, rows: tokens[torch.randint(64, (32,))]),),
+            "tokens and query are of different rollouts",
+        ),
+        (
+            (training(states=lambda query, rows: query[rows].roll(1, -1)),),
+            "the query states are not those of rollout.query",
+        ),
+        ((training(rows=lambda step, S: torch.arange(32)),), "32 of 64 rollouts were never used, number 32"),
+        ((training(rows=lambda step, S: torch.randint(S - 3, (32,))),), "3 of 64 rollouts were never used"),
+        ((training(rows=lambda step, S: torch.arange(S)),), "the batch has 64 rollouts, expected 32"),
+        ((training(call=lambda refiner, embeddings, states: refiner(embeddings)),), "was given no query"),
+        (
+            (
+                training(
+                    call=lambda refiner, e, states: vsr.refine(refiner, None, embeddings=e, query=states)[1]
+                ),
+            ),
+            "call refiner\\(...\\) itself, not vsr.refine",
+        ),
+        ((torch.no_grad()(training()),), "no gradient is kept"),
+        ((training(sign=-1),), "step 0: the loss would rise"),
+        ((training(clear=False),), "step 1: the gradients of the step before are still there"),
+        ((training(move=False),), "step 0: the refiner did not change: the optimizer's step is missing"),
+        ((training(also="codebook"),), "codebook has changed, or would learn"),
+        ((training(rate=1e-7),), "is the learning rate too small or too large"),
+        ((training(rate=30.0),), "is the learning rate too small or too large"),
+        ((training(steps=lambda steps: 2),), "2 steps were taken, expected 40"),
+        ((training(result=lambda losses: None),), "train gave None"),
+        ((training(result=lambda losses: losses[-1]),), "train gave float, expected a list of numbers"),
+        ((training(result=lambda losses: losses[-3:]),), "train gave 3 losses for 40 steps"),
+        ((training(result=lambda losses: [32 * loss for loss in losses]),), "the mean over the batch"),
+        ((train_a_copy,), "no gradient went through the refiner that was given"),
+    ],
+    14: [
         ((step_with(stop=0),), "t = 0: position 0 does not see itself"),
         ((step_with(stop=99),), "t = 0: rows after 0 were read"),
         ((step_with(stop=2),), "t = 0: row 1 was read"),
@@ -979,7 +1237,7 @@ WRONG = {
         ((lambda *given: (step_with()(*given), given[4]),), "gave a tuple, expected a tensor"),
         ((lambda *given: step_with()(*given)[:, None],), r"gave shape \(3, 1, 4\), expected \(3, 4\)"),
     ],
-    12: [
+    15: [
         ((RefinesFromNothing,), "untrained it moves embeddings"),
         ((RefinesWithoutZero,), "start the last layer .* at zero"),
         ((RefinesUnnormalised,), "normalise the sum"),
@@ -990,7 +1248,7 @@ WRONG = {
         ((RefinesWithAList,), "self.layers is a plain Python list"),
         ((RefinesNever,), "no parameter gets a gradient"),
     ],
-    13: [
+    16: [
         ((improve_by_truth,), "with another truth you give another answer"),
         ((improve_where_it_was_wrong,), "the truth must not be read"),
         ((improve_by_luck,), "two calls with the same case differ"),
@@ -1004,9 +1262,10 @@ WRONG = {
 CHECKS = {
     number: getattr(checks, name)
     for number, name in enumerate(
-        ("check_gap_closed", "check_cosine_loss", "check_nearest_code", "check_causal_mask",
-         "check_straight_through", "check_commitment_loss", "check_sobel_edges", "check_top_p",
-         "check_lora_layer", "check_gated_refinement", "check_kv_cache", "check_residual_refiner",
+        ("check_gap_closed", "check_cosine_loss", "check_nearest_code", "check_exposure_removed",
+         "check_causal_mask", "check_straight_through", "check_commitment_loss", "check_window_mask",
+         "check_sobel_edges", "check_top_p", "check_lora_layer", "check_gated_refinement",
+         "check_parallel_control", "check_kv_cache", "check_residual_refiner",
          "check_open"), 1)
 }  # fmt: skip
 
@@ -1038,6 +1297,58 @@ def test_every_exercise_has_right_and_wrong_answers():
     assert all(RIGHT.values()) and min(len(wrong) for wrong in WRONG.values()) >= 2
 
 
+# The prediction, and the lesson it is about
+
+
+FORM = dict.fromkeys(checks.PREDICTED, "query")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "line"),
+    [
+        (None, "predict gave None, expected a dictionary"),
+        ({"least error": "query"}, "says nothing of 'most exposure removed', 'most tokens right'"),
+        ({**FORM, "best": "query"}, "has 'best', which was not asked"),
+        ({**FORM, "least error": "parallel"}, "'least error': 'parallel' is none of 'backbone', 'tokens'"),
+        ({**FORM, "least error": ...}, "'least error': Ellipsis is none of"),
+        ({**FORM, "least error": ["query"]}, r"'least error': \['query'\] is none of"),
+    ],
+)
+def test_the_form_of_a_prediction_is_checked(prediction, line):
+    with pytest.raises(checks.Wrong, match=line):
+        checks.check_prediction(lambda: prediction)
+
+
+def test_any_prediction_of_the_right_form_passes(capsys):
+    for name in ("backbone", *checks.READINGS):
+        checks.check_prediction(lambda name=name: dict.fromkeys(checks.PREDICTED, name))
+    assert capsys.readouterr().out == "Noted. Now run it.\n" * 4
+    with pytest.raises(checks.Wrong, match="predict is not written yet"):
+        exec(make.without_solution(code_of_solution(BY_NUMBER[13])[4]), space := {})
+        checks.check_prediction(space["predict"])
+
+
+def test_a_lesson_has_rollouts_of_one_task_and_each_seed_has_its_own(shipped):
+    lesson, other = checks.load_lesson(1, train=70, val=20), checks.load_lesson(2, train=70, val=20)
+    again = checks.load_lesson(1, train=70, val=20)
+    assert torch.equal(lesson.train.tokens, again.train.tokens)
+    assert not torch.equal(lesson.val_target, other.val_target)
+    assert lesson.train.tokens.shape == lesson.train_target.shape == (70, 16)
+    assert lesson.train.query.shape == (70, 16, lesson.sizes["state_dim"])
+    assert lesson.forced.tokens.shape == lesson.val.tokens.shape == lesson.val_target.shape == (20, 16)
+    assert torch.equal(lesson.forced.query, lesson.val.query)
+    _, backbone, _, config = evaluate.load_run(checks.WEIGHTS, torch.device("cpu"))
+    images, task = data.Sentences(data.DataConfig(**config["data"]), 1)("val", 0, 64)
+    tokenizer = evaluate.load_run(checks.WEIGHTS, torch.device("cpu"))[0]
+    tokens = tokenizer.encode(images[task == 0].flatten(0, 1)).view(-1, 4, 16)[:5]
+    prompt, truth = tokens[:, :-1].flatten(1), tokens[:, -1]
+    assert torch.equal(lesson.val_target[:5], truth)
+    assert torch.equal(lesson.val.tokens[:5], backbone.generate(prompt, 16).tokens)
+    forced = backbone.logits(backbone.replay(prompt, truth).states).argmax(-1)
+    assert torch.equal(lesson.forced.tokens[:5], forced)
+    assert not torch.equal(lesson.forced.tokens, lesson.val.tokens)
+
+
 # The open exercise
 
 
@@ -1063,7 +1374,7 @@ def test_the_open_exercise_reports_what_was_measured(shipped, capsys):
 
 
 def test_the_solution_of_the_open_exercise_has_a_smaller_error_with_the_shipped_weights(run_cells, capsys):
-    cells = code_of_solution(BY_NUMBER[13])
+    cells = code_of_solution(BY_NUMBER[16])
     run_cells(cells[: 1 + next(i for i, cell in enumerate(cells) if "\ncheck_open(" in cell)])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(("Yours is better", "Yours has the smaller error"))

@@ -84,7 +84,7 @@ def unit(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# 1 to 3: what is measured, the loss, and decoding
+# 1 to 4: what is measured, the loss, and decoding
 # --------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +269,81 @@ def check_nearest_code(nearest_code) -> None:
     )
 
 
+def check_exposure_removed(exposure_removed, base_error_removed) -> None:
+    def value(function, name, *errors):
+        where = f" for {errors}"
+        result = call(name, function, *errors, where=where)
+        try:
+            return float(result)
+        except (TypeError, ValueError):
+            raise Wrong(f"{name} gave {result!r}{where}, expected a number") from None
+
+    def nothing_to_remove(function, name, errors, why):
+        try:
+            got = value(function, name, *errors)
+        except Wrong as wrong:
+            raise Wrong(f"{wrong}. {why.capitalize()}: give NaN (math.nan)") from wrong.__cause__
+        expect(math.isnan(got), f"{name}{errors} gave {got:.4g}, expected NaN: {why}")
+
+    known = [  # F, F', T, T'
+        ((0.5, 0.5, 0.1, 0.1), 0.0, "a refiner that changes nothing removes nothing"),
+        ((0.5, 0.0, 0.1, 0.0), 1.0, "one that returns the truth removes all of it"),
+        ((0.5, 0.3, 0.1, 0.1), 0.5, "half of what accumulated is left"),
+        ((0.5, 0.2, 0.1, 0.0), 0.5, "what is gained after true tokens too had not accumulated"),
+        ((0.5, 0.2, 0.1, 0.2), 1.0, "equal answers for both images: nothing of what accumulated is left"),
+        ((0.5, 0.9, 0.1, 0.9), 1.0, "equal answers for both images remove all of it, however bad they are"),
+        ((0.5, 0.05, 0.1, 0.1), 1.125, "more than all is possible, so nothing is cut off at 1"),
+        ((0.5, 0.6, 0.1, 0.1), -0.25, "there is more of it after refining, so the number is below 0"),
+        ((5.0, 3.0, 1.0, 1.0), 0.5, "ten times the errors is the same part"),
+    ]
+    random = torch.rand(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    for a, b, c, d in random:
+        F_, T_ = max(a, c), min(a, c)  # something has accumulated
+        known.append(((F_, b, T_, d), 1 - (b - d) / (F_ - T_), "1 - (F' - T') / (F - T)"))
+    mistakes = [
+        ("that is gap closed, in which refined_forced does not count",
+         lambda a, r, t, rt: (a - r) / (a - t)),
+        ("that is the part that is left; 1 minus it is gone", lambda a, r, t, rt: (r - rt) / (a - t)),
+        ("you divide by the free-running error; divide by what accumulated, F - T",
+         lambda a, r, t, rt: 1 - (r - rt) / a),
+        ("a part, so divide by what accumulated, F - T", lambda a, r, t, rt: (a - t) - (r - rt)),
+    ]  # fmt: skip
+    got = [value(exposure_removed, "exposure_removed", *errors) for errors, _, _ in known]
+    for number, (errors, expected, meaning) in enumerate(known):
+        if not close(got[number], expected):
+            line = f"exposure_removed({', '.join(f'{x:.4g}' for x in errors)}) gave {got[number]:.4g}, "
+            line += f"expected {expected:.4g}: "
+            for mistake, formula in mistakes:
+                explained = [close(g, formula(*errors)) for g, (errors, _, _) in zip(got, known, strict=True)]
+                expect(not all(explained), line + mistake)
+            raise Wrong(line + meaning)
+    why = "nothing has accumulated, no part of it exists"
+    nothing_to_remove(exposure_removed, "exposure_removed", (0.3, 0.2, 0.3, 0.2), why)
+    nothing_to_remove(exposure_removed, "exposure_removed", (0.2, 0.2, 0.3, 0.1), why)
+    print("exposure_removed is right: 0 for no change, 1 for the truth, and 1 for whoever does not look.")
+
+    known = [
+        ((0.2, 0.2), 0.0, "nothing is removed"),
+        ((0.2, 0.05), 0.75, "a quarter of it is left"),
+        ((0.2, 0.0), 1.0, "all of it is removed"),
+        ((0.2, 0.3), -0.5, "it became more, so the number is below 0"),
+    ]
+    for errors, expected, meaning in known:
+        got = value(base_error_removed, "base_error_removed", *errors)
+        said = f"base_error_removed{errors} gave {got:.4g}, expected {expected:.4g}: "
+        if not close(got, expected):
+            t, rt = errors
+            mistakes = [
+                (said + "a part, so divide by T", t - rt),
+                (said + "that is the part that is left; 1 minus it is gone", rt / t),
+            ]
+            diagnose(got, mistakes, said + meaning)
+    nothing_to_remove(base_error_removed, "base_error_removed", (0.0, 0.1), "there is no error to remove")
+    print("base_error_removed is right: the part of the error after true tokens that is gone.")
+
+
 # --------------------------------------------------------------------------------------------------
-# 4: the causal mask
+# 5: the causal mask
 # --------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +414,7 @@ def check_causal_mask(causal_mask, causal_softmax) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5 and 6: how the tokenizer learns through its codebook
+# 6 and 7: how the tokenizer learns through its codebook
 # --------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +518,67 @@ def check_commitment_loss(vq_losses) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7: edges
+# 8: attention in a window
+# --------------------------------------------------------------------------------------------------
+
+
+def check_window_mask(window_mask) -> None:
+    for grid, radius in (((5, 8), 1), ((5, 8), 0), ((4, 3), 1), ((4, 5), 2), ((2, 3), 5), ((1, 1), 0)):
+        (h, w), N = grid, grid[0] * grid[1]
+        row, column = torch.arange(N) // w, torch.arange(N) % w
+        down, across = (row[:, None] - row).abs(), (column[:, None] - column).abs()  # (N, N)
+        wanted = torch.maximum(down, across) <= radius
+        given = f"grid {grid}, radius {radius}"
+        mask = call("window_mask", window_mask, grid, radius, where=f" for {given}")
+        mask = as_tensor("window_mask", mask, (N, N))
+        shown, hidden = mask == 0, mask == -torch.inf
+        if torch.equal(hidden, wanted) and torch.equal(shown, ~wanted):
+            raise Wrong("0 and -inf are the wrong way round: 0 lets the key be seen, -inf hides it")
+        if not (shown | hidden).all():
+            t, s = first(~(shown | hidden))
+            raise Wrong(
+                f"{given}: entry [{t}, {s}] is {mask[t, s].item():.4g}. The mask is added to the scores: 0 "
+                "where the key may be seen, -inf elsewhere"
+            )
+
+        def place(t, row=row, column=column):
+            return f"position {t} (row {row[t]}, column {column[t]})"
+
+        too_many, missing = shown & ~wanted, hidden & wanted
+        swapped = torch.maximum((torch.arange(N) % h - (torch.arange(N) % h)[:, None]).abs(),
+                                (torch.arange(N) // h - (torch.arange(N) // h)[:, None]).abs())  # fmt: skip
+        if h != w and not torch.equal(shown, wanted) and torch.equal(shown, swapped <= radius):
+            raise Wrong(f"{given}: rows and columns are mixed up. Position t lies in row t // w, and w = {w}")
+        wrapped = too_many & (torch.minimum(down, h - down) <= radius)
+        wrapped &= torch.minimum(across, w - across) <= radius
+        if too_many.any():
+            t, s = first(too_many)
+            line = f"{given}: {place(t)} sees {place(s)}: "
+            raster = (torch.arange(N)[:, None] - torch.arange(N)).abs() <= radius
+            if torch.equal(too_many & raster, too_many):
+                line += "neighbours in the raster need not be neighbours in the image"
+            elif torch.equal(wrapped, too_many):
+                line += "nothing goes on beyond the border"
+            else:
+                line += f"{down[t, s]} down and {across[t, s]} across, and both count"
+            raise Wrong(line)
+        if missing.any():
+            if missing.diagonal().any():
+                raise Wrong(f"{given}: {place(first(missing.diagonal())[0])} does not see itself")
+            t, s = first(missing)
+            line = f"{given}: {place(t)} does not see {place(s)}: "
+            if torch.equal(missing, wanted & (torch.arange(N)[:, None] < torch.arange(N))):
+                line += "the refiner is not causal, later positions count too"
+            elif not (missing & ((down == 0) | (across == 0))).any():
+                line += f"{down[t, s]} down and {across[t, s]} across. Each counts on its own: a square"
+            else:
+                line += f"{down[t, s]} down and {across[t, s]} across, and neither is more than {radius}"
+            raise Wrong(line)
+    print("window_mask is right: rows and columns count, the raster does not, and nothing wraps around.")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9: edges
 # --------------------------------------------------------------------------------------------------
 
 
@@ -603,7 +736,7 @@ def check_sobel_edges(sobel_edges) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8: top-p sampling
+# 10: top-p sampling
 # --------------------------------------------------------------------------------------------------
 
 
@@ -685,7 +818,7 @@ def check_top_p(top_p_probabilities) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 9: LoRA
+# 11: LoRA
 # --------------------------------------------------------------------------------------------------
 
 
@@ -791,7 +924,7 @@ def check_lora_layer(LoRALinear) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 10: confidence-gated refinement
+# 12: confidence-gated refinement
 # --------------------------------------------------------------------------------------------------
 
 
@@ -912,7 +1045,216 @@ def check_gated_refinement(gated_refine, choose_threshold) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 11: the KV cache
+# 13: the control
+# --------------------------------------------------------------------------------------------------
+
+READINGS = ("tokens", "tokens+query", "query")  # what the three refiners read
+PREDICTED = ("least error", "most tokens right", "most exposure removed")
+
+
+class Watched(vsr.Refiner):
+    """A refiner that writes down what it was given, and the gradients that come back."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls, self.blind = [], False  # blind: it was called where no gradient is kept
+
+    def forward(self, embeddings=None, states=None, query=None):
+        refined = super().forward(embeddings, states, query)
+        if not refined.requires_grad:
+            self.blind = True
+            return refined
+        seen = {"embeddings": embeddings, "query": query.clone(), "refined": refined.detach()}
+        seen["weights"] = nn.utils.parameters_to_vector(self.parameters()).detach()
+
+        def note(slope):  # before any gradient of this step reaches a parameter
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.calls.append({**seen, "slope": slope, "left": any(bool(g.any()) for g in gradients)})
+
+        refined.register_hook(note)
+        return refined
+
+
+def check_parallel_control(train) -> None:
+    for reads in (("tokens", "query"), ("query",)):
+        check_training(train, reads)
+    print(
+        "train is right: batches of all rollouts, the written tokens as input, the true ones as target, and "
+        "only the refiner learns."
+    )
+
+
+def check_training(train, reads: tuple) -> None:
+    """Train a tiny refiner on made-up rollouts, and look at each of its steps."""
+    generator = torch.Generator().manual_seed(0)
+    S, N, V, D, C, steps = 64, 6, 9, 5, 7, 40
+    codebook = unit(V, D, generator=generator)
+    target = torch.randint(V, (S, N), generator=generator)
+    mistaken = torch.rand(S, N, generator=generator) < 0.4
+    tokens = torch.where(mistaken, torch.randint(V, (S, N), generator=generator), target)
+    query = codebook[target] @ torch.randn(D, C, generator=generator)  # tells the truth, with noise
+    query += 0.1 * torch.randn(S, N, C, generator=generator)
+    rollout = vsr.Rollout(tokens, None, query)
+    frozen = {"codebook": codebook, "rollout.tokens": tokens, "rollout.query": query, "target": target}
+    copies = {name: value.clone() for name, value in frozen.items()}
+    torch.manual_seed(0)
+    refiner = Watched(vsr.RefinerConfig(layers=1, heads=2, width=16), reads, (2, 3), D, C)
+
+    def loss_now():
+        with torch.no_grad():
+            refined = vsr.Refiner.forward(refiner, copies["codebook"][copies["rollout.tokens"]], query=query)
+        return vsr.cosine_loss(refined, copies["codebook"][copies["target"]]).item()
+
+    start, weights = loss_now(), nn.utils.parameters_to_vector(refiner.parameters()).detach()
+    where = f" for a refiner that reads {'+'.join(reads)}"
+    unseen = "the refiner was called where no gradient is kept: call refiner(...) itself, not vsr.refine"
+    try:
+        losses = call("train", train, refiner, codebook, rollout, target, steps, where=where)
+    except Wrong as wrong:
+        if refiner.blind and not refiner.calls:
+            raise Wrong(unseen) from wrong.__cause__
+        raise
+    calls = refiner.calls
+    expect(calls or not refiner.blind, unseen)
+    expect(calls, "no gradient went through the refiner that was given: train this one, with loss.backward()")
+    for name, value in frozen.items():
+        same = torch.equal(value, copies[name]) and not value.requires_grad
+        expect(same, f"{name} has changed, or would learn: nothing but the refiner is trained")
+
+    used = torch.zeros(S, dtype=torch.bool)
+    for step, now in enumerate(calls):
+        B = len(now["query"])
+        expect(B == 32, f"step {step}: the batch has {B} rollouts, expected 32")
+        distance = (now["query"][:, None] - query).abs().amax((2, 3))  # (B, S)
+        nearest, rows = distance.min(1)
+        expect(nearest.max() < 1e-5, f"step {step}: the query states are not those of rollout.query")
+        used[rows] = True
+        if "tokens" in reads:
+            given = F.normalize(now["embeddings"].detach(), dim=-1)
+            if not close(given, codebook[tokens[rows]]):
+                others = (given[:, None] - codebook[tokens]).abs().amax((2, 3)).amin(1)
+                mistakes = [
+                    (f"step {step}: the refiner was given the true tokens. When a model is used nobody has "
+                     "them: give it rollout.tokens", codebook[target[rows]]),
+                ]  # fmt: skip
+                line = f"step {step}: the embeddings are not codebook[rollout.tokens[rows]]"
+                if others.max() < 1e-5:
+                    line = f"step {step}: tokens and query are of different rollouts: take the same rows"
+                diagnose(given, mistakes, line)
+
+        def slope_of(truth, refined=now["refined"], sign=1):
+            """The direction in which the loss against these tokens falls, without the part along e'."""
+            leaf = refined.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(sign * vsr.cosine_loss(leaf, codebook[truth]), leaf)
+            return across(slope, refined)
+
+        def across(slope, refined=now["refined"]):
+            slope = slope - (slope * refined).sum(-1, keepdim=True) * refined
+            return slope / slope.norm().clamp_min(1e-12)
+
+        slope = across(now["slope"])
+        if not close(slope, slope_of(target[rows]), 1e-3):
+            mistakes = [
+                (f"step {step}: you compare with what was written: the target is codebook[target[rows]]",
+                 slope_of(tokens[rows])),
+                (f"step {step}: the loss would rise, not fall: its sign is wrong",
+                 slope_of(target[rows], sign=-1)),
+            ]  # fmt: skip
+            line = f"step {step}: the gradient is not that of the cosine loss against codebook[target[rows]]"
+            diagnose(slope, mistakes, line + " with the rows of this batch")
+        expect(
+            not now["left"],
+            f"step {step}: the gradients of the step before are still there and would be added to: set "
+            "them to zero in each step",
+        )
+        after = calls[step + 1]["weights"] if step + 1 < len(calls) else None
+        after = nn.utils.parameters_to_vector(refiner.parameters()).detach() if after is None else after
+        moved = not torch.equal(now["weights"], after)
+        expect(moved, f"step {step}: the refiner did not change: the optimizer's step is missing")
+    expect(len(calls) == steps, f"{len(calls)} steps were taken, expected {steps}")
+    if not used.all():
+        (row,) = first(~used)
+        raise Wrong(
+            f"{(~used).sum()} of {S} rollouts were never used, number {row} for one: draw other rows in each "
+            "step, from all"
+        )
+
+    expect(losses is not None, "train gave None: is the `return` missing?")
+    try:
+        losses = [float(loss) for loss in losses]
+    except (TypeError, ValueError):
+        raise Wrong(f"train gave {type(losses).__name__}, expected a list of numbers, one a step") from None
+    expect(len(losses) == steps, f"train gave {len(losses)} losses for {steps} steps")
+    for step, (loss, now) in enumerate(zip(losses, calls, strict=True)):
+        rows = (now["query"][:, None] - query).abs().amax((2, 3)).argmin(1)
+        wanted = vsr.cosine_loss(now["refined"], codebook[target[rows]]).item()
+        expect(
+            close(loss, wanted),
+            f"step {step}: you report the loss {loss:.4g}, but it was {wanted:.4g}, the mean over the batch",
+        )
+    end, largest = loss_now(), (nn.utils.parameters_to_vector(refiner.parameters()) - weights).abs().max()
+    expect(
+        end < 0.9 * start,
+        f"{steps} steps took the loss over all rollouts from {start:.3f} to {end:.3f}{where}: is the "
+        f"learning rate too small or too large? No weight has moved by more than {largest.item():.2g}",
+    )
+
+
+def check_prediction(predict) -> None:
+    """The form of a prediction. What it says is between you and the result."""
+    prediction = call("predict", predict)
+    expect(isinstance(prediction, dict), f"predict gave {prediction!r}, expected a dictionary")
+    missing, extra = set(PREDICTED) - set(prediction), set(prediction) - set(PREDICTED)
+    expect(not missing, f"predict says nothing of {', '.join(map(repr, sorted(missing)))}")
+    expect(not extra, f"predict has {', '.join(map(repr, extra))}, which was not asked")
+    for name, answer in prediction.items():
+        if answer not in ("backbone", *READINGS):
+            raise Wrong(f"{name!r}: {answer!r} is none of 'backbone', {', '.join(map(repr, READINGS))}")
+    print("Noted. Now run it.")
+
+
+class Lesson(NamedTuple):
+    """What the frozen backbone wrote, to train small refiners on and to measure them."""
+
+    codebook: torch.Tensor  # (V, D) unit norm
+    sizes: dict  # grid, code_dim and state_dim of a `vsr.Refiner`
+    train: vsr.Rollout  # tokens y_q (S, N), query (S, N, C); no states
+    train_target: torch.Tensor  # (S, N) long, y*
+    val: vsr.Rollout
+    val_target: torch.Tensor
+    forced: vsr.Rollout  # what the backbone writes for the validation sentences after true tokens
+
+
+@torch.no_grad()
+def load_lesson(seed: int, task: str = "colorize", train: int = 1024, val: int = 128, path=None) -> Lesson:
+    """Rollouts of the backbone in `path` (weights/toy.pt) for sentences of one task, others for each seed."""
+    tokenizer, backbone, _, config = evaluate.load_run(path or WEIGHTS, torch.device("cpu"))
+    sentences = data.Sentences(data.DataConfig(**config["data"]), seed)
+    N, parts = tokenizer.tokens_per_image, []
+    for split, total in (("train", train), ("val", val)):
+        images, number = [], 0
+        while sum(map(len, images)) < total:
+            drawn, tasks = sentences(split, number, 64)
+            images.append(drawn[tasks == data.TASKS.index(task)])
+            number += 1
+        prompts, targets, written, query = [], [], [], []
+        for part in torch.cat(images)[:total].split(128):
+            tokens = tokenizer.encode(part.flatten(0, 1)).view(*part.shape[:2], N)
+            prompts.append(tokens[:, :-1].flatten(1))
+            targets.append(tokens[:, -1])
+            rollout = backbone.generate(prompts[-1], N)
+            written.append(rollout.tokens)
+            query.append(rollout.query)
+        parts += [vsr.Rollout(torch.cat(written), None, torch.cat(query)), torch.cat(targets)]
+    states = [backbone.replay(*pair).states for pair in zip(prompts, targets, strict=True)]
+    forced = parts[2]._replace(tokens=backbone.logits(torch.cat(states)).argmax(-1))
+    codebook = tokenizer.codebook.vectors
+    sizes = {"grid": tokenizer.grid, "code_dim": codebook.shape[1], "state_dim": backbone.config.width}
+    return Lesson(codebook, sizes, *parts, forced)
+
+
+# --------------------------------------------------------------------------------------------------
+# 14: the KV cache
 # --------------------------------------------------------------------------------------------------
 
 
@@ -994,7 +1336,7 @@ def check_kv_cache(decode_step) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 12: the residual refiner
+# 15: the residual refiner
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1116,7 +1458,7 @@ def check_residual_refiner(TinyRefiner) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 13: the open one
+# 16: the open one
 # --------------------------------------------------------------------------------------------------
 
 

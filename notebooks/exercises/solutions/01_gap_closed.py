@@ -91,6 +91,6 @@ plt.show()
 # refiner and each task.
 #
 # **Go further.** The metric counts two things as one: what had accumulated, and what the backbone gets wrong
-# after true tokens too. Which two more errors would you measure to tell them apart? Does a refiner with a
-# high bar on the left also have more tokens right than `ar_greedy`? What happens to the metric when a
-# backbone hardly accumulates errors, so that the denominator is small and noisy?
+# after true tokens too. Which two more errors would you measure to tell them apart (exercise 4 does it)? Does
+# a refiner with a high bar on the left also have more tokens right than `ar_greedy`? What happens to the
+# metric when a backbone hardly accumulates errors, so that the denominator is small and noisy?

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 8. Top-p sampling
+# # 10. Top-p sampling
 #
 # **30 minutes. You need:** softmax, sorting. **You learn:** how tokens are drawn without the long tail.
 #

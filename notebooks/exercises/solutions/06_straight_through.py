@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 5. The straight-through estimator
+# # 6. The straight-through estimator
 #
 # **20 minutes. You need:** exercise 3, and how autograd works. **You learn:** how an encoder learns through a
 # lookup.
@@ -17,7 +17,7 @@
 # - `z`: float32 `(..., D)`, what the encoder gave. `e`: the same shape, the nearest code of each vector of
 #   `z`. The lookup itself is done already.
 # - The result: `(..., D)`, with the values of `e` (up to rounding). The gradient that arrives at it goes to
-#   `z` unchanged. No gradient reaches `e`: the codes have losses of their own, in exercise 6.
+#   `z` unchanged. No gradient reaches `e`: the codes have losses of their own, in exercise 7.
 #
 # It is one line of [`Codebook` in `vqgan.py`](../../vqgan.py). Try first, then compare.
 #
@@ -88,4 +88,4 @@ plt.show()
 # [`tests/test_vqgan.py`](../../tests/test_vqgan.py).
 #
 # **Go further.** The gradient belongs to $e$, but is applied to $z$. When is that a good guess, and when a
-# bad one? Think of the distance between the two, and then of exercise 6.
+# bad one? Think of the distance between the two, and then of exercise 7.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 4. The causal mask
+# # 5. The causal mask
 #
 # **20 minutes. You need:** attention, $\text{softmax}(QK^\top / \sqrt{d})\,V$. **You learn:** what makes a
 # Transformer autoregressive.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 7. Sobel edges
+# # 9. Sobel edges
 #
 # **25 minutes. You need:** convolutions, or slices. **You learn:** how one of the three tasks is made,
 # exactly.

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 12. A residual refiner
+# # 15. A residual refiner
 #
-# **50 minutes. You need:** exercises 2, 3 and 4. **You learn:** the heart of the method.
+# **50 minutes. You need:** exercises 2, 3 and 5. **You learn:** the heart of the method.
 #
 # The backbone wrote $N$ tokens one after the other, with its mistakes. The refiner reads the embeddings of
 # **all** of them at once, those that come later as well, and says by how much each has to move. It is

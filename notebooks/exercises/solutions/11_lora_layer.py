@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 9. A LoRA layer
+# # 11. A LoRA layer
 #
 # **35 minutes. You need:** `nn.Module`. **You learn:** the control that a refiner has to beat.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 13. Open: improve the refinement
+# # 16. Open: improve the refinement
 #
-# **60 minutes. You need:** exercises 3, 10 and 12. **You learn:** what it is like to change a method and
+# **60 minutes. You need:** exercises 3, 12 and 15. **You learn:** what it is like to change a method and
 # measure it honestly.
 #
 # You have trained models, those of `weights/toy.pt`: a tokenizer, a frozen backbone and three refiners. They
@@ -11,7 +11,7 @@
 #
 # - **Several passes.** Refine the refined tokens again, or the refined embeddings. The states over the query
 #   stay the same.
-# - **A gate** (exercise 10), with a threshold for each pass, or one that depends on the backbone's own
+# - **A gate** (exercise 12), with a threshold for each pass, or one that depends on the backbone's own
 #   probability, which `case.backbone.logits(case.rollout.states)` has.
 # - **Several readers.** Average the embeddings of two refiners, or of two passes, before looking up the
 #   nearest code.

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 11. The KV cache
+# # 14. The KV cache
 #
-# **45 minutes. You need:** exercise 4. **You learn:** why a new token does not cost the whole prefix again.
+# **45 minutes. You need:** exercise 5. **You learn:** why a new token does not cost the whole prefix again.
 #
 # To generate token $t$ the model attends over all positions up to $t$. Their keys and values do not change
 # any more, since the mask lets no position see a later one. So they are computed once and kept. A step then

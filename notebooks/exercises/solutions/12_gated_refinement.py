@@ -1,9 +1,9 @@
 # %% [markdown]
-# # 10. Confidence-gated refinement
+# # 12. Confidence-gated refinement
 #
 # **40 minutes. You need:** exercises 2 and 3. **You learn:** how to change only what the refiner is sure of.
 #
-# The refiner repairs many tokens, and it spoils some that were right. A gate lets it change a token only if
+# The refiner repairs some tokens, and it spoils others that were right. A gate lets it change a token only if
 # it is sure. How sure it is, the *margin* tells: by how much its embedding $e'_t$ is nearer to the best code
 # than to the backbone's own token $y_t$.
 #
@@ -122,7 +122,7 @@ plt.show()
 # [`refine` in `vsr.py`](../../vsr.py) replaces every token by the code nearest to its refined embedding:
 # threshold 0.
 #
-# **Go further.** The simulation is kind to the gate. Try it on real weights in exercise 13, and do not be
+# **Go further.** The simulation is kind to the gate. Try it on real weights in exercise 16, and do not be
 # surprised if threshold 0 has the smallest error there: a trained refiner was trained on that very error.
 # What else could a gate be good for? Other measures of confidence: the cosine to the nearest code alone, or
 # the backbone's own probability.

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 6. Codebook loss and commitment loss
+# # 7. Codebook loss and commitment loss
 #
-# **20 minutes. You need:** exercise 5. **You learn:** how codes and encoder meet.
+# **20 minutes. You need:** exercise 6. **You learn:** how codes and encoder meet.
 #
 # With the straight-through estimator nothing moves the codes, and nothing keeps the encoder near them. Two
 # losses do that. They have the same value; what differs is who moves. $\text{sg}$ is the stop-gradient.
