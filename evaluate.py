@@ -237,23 +237,36 @@ def plot_training(path, logs: dict) -> None:
     runtime.write_whole(path, figure.savefig)
 
 
-def save_samples(path, tokenizer: VQGAN, written: dict, images, task, autocast, per_task: int = 3) -> None:
+def median_and_largest(errors: torch.Tensor, task: torch.Tensor, first: int = 64) -> list[tuple[str, int]]:
+    """The rule by which sentences are chosen to be shown: no one has picked them.
+
+    errors: (S,), of greedy decoding. Of the first 64 sentences of each task the one with the median error,
+    and the one with the largest: [("colorize, median", row), ("colorize, largest", row), ...].
+    """
+    chosen = []
+    for number, name in enumerate(TASKS):
+        rows = (task == number).nonzero().flatten()[:first]
+        ordered = rows[errors[rows].argsort(stable=True)].tolist()
+        chosen += [(f"{name}, median", ordered[len(ordered) // 2]), (f"{name}, largest", ordered[-1])]
+    return chosen
+
+
+def save_samples(path, tokenizer: VQGAN, written: dict, images, task, autocast) -> None:
     """Rows of test sentences: the prompt, greedy, each refiner, the truth, and where tokens are wrong.
 
-    The rows are the first sentences of each task, not chosen ones. images: (S, 2K+2, 3, H, W).
+    The rows are chosen by `median_and_largest`. images: (S, 2K+2, 3, H, W).
     """
-    codebook = tokenizer.codebook.vectors.cpu()
+    codebook, y_true = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"]
     shown = ["ar_greedy", *(m for m in written if has_gap(m) and m != "expected_embedding")]
-    rows, labels = [], []
-    for number, name in enumerate(TASKS):
-        for i in (task == number).nonzero().flatten()[:per_task].tolist():
-            tokens = torch.stack([written[method][i] for method in shown])  # (methods, N)
-            error = vsr.cosine_error(tokens, written["vqgan_limit"][i].expand_as(tokens), codebook)
-            made = decode_images(tokenizer, tokens, autocast)
-            rows.append([*images[i, :-1], *made, images[i, -1], *error.unflatten(1, tokenizer.grid)])
-            labels.append(name)
+    chosen = median_and_largest(vsr.cosine_error(written["ar_greedy"], y_true, codebook).mean(1), task)
+    rows = []
+    for _, i in chosen:
+        tokens = torch.stack([written[method][i] for method in shown])  # (methods, N)
+        error = vsr.cosine_error(tokens, y_true[i].expand_as(tokens), codebook)
+        made = decode_images(tokenizer, tokens, autocast)
+        rows.append([*images[i, :-1], *made, images[i, -1], *error.unflatten(1, tokenizer.grid)])
     titles = [*data.prompt_titles(images.shape[1]), *shown, "truth", *(f"error of {m}" for m in shown)]
-    data.save_picture(path, rows, labels, titles)
+    data.save_picture(path, rows, [label.replace(", ", "\n") for label, _ in chosen], titles)
 
 
 def save_reconstructions(path, model: VQGAN, sentences: data.Sentences, split: str, autocast) -> None:

@@ -123,13 +123,23 @@ def parse_arguments():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", default="generated.png", help="the picture (default: generated.png)")
     parser.add_argument("--gif", metavar="PATH", help="also write an animation of the first sentence")
+    parser.add_argument(
+        "--save", metavar="PATH", help="also write its refined image alone, as large as it is"
+    )
+    parser.add_argument("--scale", type=int, choices=range(1, 33), metavar="N", default=1,
+                        help="make that image N times as large, 1 to 32 (default: 1)")  # fmt: skip
     args = parser.parse_args()
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g}: expected 0 (greedy), or 0.001 and above")
     narrowed = (args.top_k, args.top_p) != (0, 1)
     if narrowed and not (args.temperature > 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
         raise UserError("--top-k (1 or more) and --top-p (above 0, up to 1) need a --temperature above 0")
-    for flag, path, endings in (("--out", args.out, ".png .jpg .webp"), ("--gif", args.gif, ".gif")):
+    stills = ".png .jpg .webp"
+    for flag, path, endings in (
+        ("--out", args.out, stills),
+        ("--gif", args.gif, ".gif"),
+        ("--save", args.save, stills),
+    ):
         if path is not None:
             if Path(path).suffix.lower() not in endings.split():
                 raise UserError(f"{flag} {path}: expected a file name that ends in one of {endings}")
@@ -172,8 +182,13 @@ def main():
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()
         print(f"  {name:22} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
+    name = "refined_tokens+query" if "refined_tokens+query" in written else list(written)[-1]
+    if args.save:
+        image = Image.fromarray(data.to_uint8(made[name][0]).permute(1, 2, 0).numpy())
+        image = image.resize([side * args.scale for side in image.size], Image.Resampling.BICUBIC)
+        runtime.write_whole(args.save, image.save)
+        print(f"wrote {args.save}, {image.width} x {image.height} pixels, with {name}")
     if args.gif:
-        name = "refined_tokens+query" if "refined_tokens+query" in written else list(written)[-1]
         y_first = y_true[0] if truth_known else None
         first = (images[0, -2], images[0, -1], rollout.tokens[0], written[name][0], y_first)
         save_animation(args.gif, tokenizer, *first)

@@ -369,6 +369,19 @@ def test_an_animation_that_is_written_can_be_played(run, tmp_path):
         assert played.info["loop"] == 0
 
 
+def test_the_refined_image_is_saved_alone_at_the_size_of_the_model_or_larger(run, show, tmp_path):
+    made = expected(run, run.images[:2]).made
+    shown = show("--save", tmp_path / "r.png", "--count", 2)
+    pixels = data.to_float(Image.open(tmp_path / "r.png"))
+    assert (pixels - made["refined_tokens+query"][0]).abs().max() < 0.01
+    assert f"wrote {tmp_path / 'r.png'}, 16 x 16 pixels, with refined_tokens+query\n" in shown.out
+    show("--save", tmp_path / "r.png", "--scale", 5, "--reads", "tokens", "--count", 1)
+    larger = Image.open(tmp_path / "r.png")
+    assert larger.size == (80, 80)
+    small = data.to_float(larger.resize((16, 16), Image.Resampling.BOX))
+    assert (small - made["refined_tokens"][0].clamp(-1, 1)).abs().mean() < 0.1
+
+
 def test_a_refiner_of_another_run_is_refused(run, tmp_path):
     """By its name: what it was trained on is not what it would be put together with."""
     mixed, other = make_run(tmp_path / "mixed"), make_run(tmp_path / "other", seed=1)

@@ -509,18 +509,30 @@ def test_each_number_of_the_table_stands_under_its_name():
 # Its pictures
 
 
-def test_samples_are_the_first_sentences_of_each_task_and_every_column_is_what_it_is_called(drawn, tmp_path):
+def test_the_sentences_that_are_shown_have_the_median_and_the_largest_error_of_their_task():
+    task = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0])
+    errors = torch.tensor([0.2, 0.0, 0.5, 0.9, 0.1, 0.5, 0.3, 0.3, 0.5, 0.1, 2.0])
+    chosen = evaluate.median_and_largest(errors, task, first=4)  # not the last one: the fifth of its task
+    assert chosen == [
+        ("colorize, median", 6), ("colorize, largest", 3), ("inpaint, median", 4), ("inpaint, largest", 7),
+        ("edges, median", 5), ("edges, largest", 8),
+    ]  # fmt: skip
+
+
+def test_samples_are_chosen_by_the_rule_and_every_column_is_what_it_is_called(drawn, tmp_path):
     task = torch.tensor([1, 1, 0, 2, 1, 0, 2, 0, 2])
     images = torch.rand(9, 4, 3, 16, 16)
     names = ("vqgan_limit", "teacher_forced", "ar_greedy", "expected_embedding", "refined_tokens", "parallel")
     names += tuple(f"{name}{evaluate.OF_FORCED}" for name in names[3:])
     written = {name: torch.randint(4, (9, 4)) for name in names}
-    evaluate.save_samples(tmp_path / "samples.png", Painter(), written, images, task, FLOAT, per_task=2)
+    evaluate.save_samples(tmp_path / "samples.png", Painter(), written, images, task, FLOAT)
     rows, labels, titles = drawn["samples.png"]
+    errors = cosine_errors(written["ar_greedy"], written["vqgan_limit"], Painter.codebook.weight).mean(1)
+    chosen = evaluate.median_and_largest(errors, task)
     shown = ["ar_greedy", "refined_tokens", "parallel"]
     assert titles == ["source 1", "target 1", "query", *shown, "truth", *(f"error of {m}" for m in shown)]
-    assert labels == [name for name in TASKS for _ in range(2)]
-    for row, i in zip(rows, (2, 5, 0, 1, 3, 6), strict=True):
+    assert labels == [f"{name}\n{which}" for name in TASKS for which in ("median", "largest")]
+    for row, (_, i) in zip(rows, chosen, strict=True):
         cells = dict(zip(titles, row, strict=True))
         prompt = [cells[title] for title in ("source 1", "target 1", "query", "truth")]
         assert torch.equal(torch.stack(prompt), images[i])
