@@ -379,7 +379,7 @@ def test_the_refined_image_is_saved_alone_at_the_size_of_the_model_or_larger(run
     larger = Image.open(tmp_path / "r.png")
     assert larger.size == (80, 80)
     small = data.to_float(larger.resize((16, 16), Image.Resampling.BOX))
-    assert (small - made["refined_tokens"][0].clamp(-1, 1)).abs().mean() < 0.1
+    assert torch.corrcoef(torch.stack([small.flatten(), made["refined_tokens"][0].flatten()]))[0, 1] > 0.9
 
 
 def test_a_refiner_of_another_run_is_refused(run, tmp_path):
