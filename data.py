@@ -261,7 +261,9 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
         found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
     said = ", ".join(f"{len(images)} {split}" for split, images in found.items()) + " images"
     if left_out:
-        said += "; left out: " + ", ".join(f"{len(x)} {why} (first: {x[0]})" for why, x in left_out.items())
+        said += "; left out: " + ", ".join(f"{len(x)} {why}" for why, x in left_out.items())
+        for why in ("unreadable", "beside the splits"):  # of these one wants to see an example
+            said += f"; first {why}: {left_out[why][0]}" if why in left_out else ""
     if min(map(len, found.values())) < 4:
         raise UserError(f"{flag}: each split needs 4 different images ({', '.join(IMAGE_ENDINGS)}): {said}")
     print(f"folder:{folder}: {said}")
@@ -443,7 +445,7 @@ def main():
         sheet = Path(name.removeprefix("folder:")).resolve().name or "folder"
         sheets[sheet] += 1
         path = Path(args.out) / f"{sheet}{'' if sheets[sheet] == 1 else f'-{sheets[sheet]}'}.png"
-        title = f"{name}: one visual sentence a row"
+        title = f"{sheet}: one visual sentence a row"
         save_picture(path, rows, labels, [*prompt_titles(images.shape[1]), "truth"], title)
         print(f"wrote {path}")
 

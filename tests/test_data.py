@@ -254,9 +254,9 @@ def test_one_line_says_what_a_folder_holds_and_what_is_left_out(photos, capsys):
     assert sum(len(images) for images in found.values()) == 150
     assert len(line) == 1
     assert line[0].startswith(f"folder:{photos}: {counts} images; left out: ")
-    for part in ("200 hidden", "3 copies", "2 .heic", "1 .txt", "1 without ending", "3 unreadable (first: "):
+    for part in ("200 hidden", "3 copies", "2 .heic", "1 .txt", "1 without ending", "3 unreadable"):
         assert part in line[0]
-    assert f"(first: {photos / 'broken too.jpg'}: cannot be read" in line[0]
+    assert f"; first unreadable: {photos / 'broken too.jpg'}: cannot be read" in line[0]
     assert "thrown_away" not in line[0]
     assert not [text for text in printed.err.splitlines() if text.strip() and "read photos" not in text]
 
@@ -339,7 +339,8 @@ def test_what_lies_beside_the_splits_is_named_and_a_held_out_copy_is_not_trained
     assert [len(found[split]) for split in data.SPLITS] == [6, 6, 6]
     assert 120 not in found["train"][:, 0, 0, 0]
     line = capsys.readouterr().out
-    assert f"4 beside the splits (first: {tmp_path / 'extra' / '0.png'})" in line
+    assert "4 beside the splits" in line
+    assert f"; first beside the splits: {tmp_path / 'extra' / '0.png'}" in line
     assert "1 copies" in line
 
 
