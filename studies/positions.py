@@ -31,7 +31,7 @@ LARGER = {
     "data": {"train_sentences": 8192, "eval_sentences": 256},
     "vqgan": {"batch_size": 32},
     "gpt": {"batch_size": 8},
-    "refiner": {"rollouts": 4096, "rollout_batch": 128, "steps": 600, "batch_size": 64},
+    "refiner": {"rollouts": 4096, "rollout_batch": 64, "steps": 500, "batch_size": 32},
 }
 LORA = TUNED[1]
 REFINED = tuple(map(method_name, train_refiner.READINGS))

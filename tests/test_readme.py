@@ -139,6 +139,20 @@ def test_every_decimal_in_a_sentence_of_the_evidence_stands_in_the_table_above_i
     assert set(re.findall(r"\d+\.\d+", prose)) <= known
 
 
+def test_every_decimal_of_the_findings_stands_in_the_table_that_its_line_links_to():
+    anchor = re.compile(r"\(results/README\.md#([\w-]+)\)")
+    tables = {}
+    for param in sections(PAGES[1]):
+        tables[re.sub(r"[^\w\- ]", "", param.id.lower()).replace(" ", "-")] = param.values[0]
+    part = PAGES[0].read_text().split("## What the evidence says\n")[1].split("\n## ")[0]
+    bullets = re.split(r"^- ", part, flags=re.MULTILINE)[1:]
+    assert len(bullets) >= 4
+    for bullet in bullets:
+        known = "\n".join(tables[name] for name in anchor.findall(bullet))
+        found = set(re.findall(r"\d+\.\d+", bullet))
+        assert found <= set(re.findall(r"\d+\.\d+", known)), bullet
+
+
 def test_the_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 220
 
