@@ -260,6 +260,8 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
         seen.add(key)
         found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
     said = ", ".join(f"{len(images)} {split}" for split, images in found.items()) + " images"
+    if colours := sorted(x.flatten(1).unique(dim=1).shape[1] for x in found["train"][:256]):
+        said += f", {colours[len(colours) // 2]} colours in the median one"
     if left_out:
         said += "; left out: " + ", ".join(f"{len(x)} {why}" for why, x in left_out.items())
         for why in ("unreadable", "beside the splits"):  # of these one wants to see an example

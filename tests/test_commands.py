@@ -5,6 +5,7 @@ PYTHONPATH=. python tests/test_commands.py     # after new weights/toy.pt: what 
 
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -416,7 +417,8 @@ def folder_run(command, tmp_path_factory):
     with without_pictures():
         result = command(train_refiner, *flags)
     assert result.status == 0, result.err
-    return SimpleNamespace(pictures=folder / "pictures", out=folder / "run", flags=flags)
+    printed = result.out
+    return SimpleNamespace(pictures=folder / "pictures", out=folder / "run", flags=flags, printed=printed)
 
 
 def test_all_refiners_two_demonstrations_a_folder_and_bfloat16(folder_run):
@@ -425,6 +427,13 @@ def test_all_refiners_two_demonstrations_a_folder_and_bfloat16(folder_run):
     assert len(refined) == 2 * len(ALL_READINGS)
     assert metrics_of(folder_run.out)["methods"].keys() == METHODS | refined
     assert metrics_of(folder_run.out)["config"]["dtype"] == "bfloat16"
+
+
+def test_before_the_long_part_a_folder_is_told_what_its_tokenizer_reaches(folder_run):
+    (line,) = [line for line in folder_run.printed.splitlines() if "rebuilds held-out pictures" in line]
+    reached = float(re.search(r"at (-?[\d.]+) dB", line).group(1))
+    assert reached == pytest.approx(metrics_of(folder_run.out)["tokenizer"]["psnr_source"], abs=0.06)
+    assert str(folder_run.out / "reconstructions.png") in line
 
 
 def test_a_folder_is_known_by_its_pictures_and_not_by_its_path(

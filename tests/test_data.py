@@ -253,7 +253,9 @@ def test_one_line_says_what_a_folder_holds_and_what_is_left_out(photos, capsys):
     counts = ", ".join(f"{len(found[split])} {split}" for split in data.SPLITS)
     assert sum(len(images) for images in found.values()) == 150
     assert len(line) == 1
-    assert line[0].startswith(f"folder:{photos}: {counts} images; left out: ")
+    colours = sorted(len({*map(tuple, image.flatten(1).T.tolist())}) for image in found["train"])
+    colours = f"{colours[len(colours) // 2]} colours in the median one"
+    assert line[0].startswith(f"folder:{photos}: {counts} images, {colours}; left out: ")
     for part in ("200 hidden", "3 copies", "2 .heic", "1 .txt", "1 without ending", "3 unreadable"):
         assert part in line[0]
     assert f"; first unreadable: {photos / 'broken too.jpg'}: cannot be read" in line[0]
