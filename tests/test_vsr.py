@@ -104,6 +104,17 @@ def test_attention_adds_a_bias_to_the_scores(dtype):
     assert torch.allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.04)
 
 
+def test_attention_with_a_bias_is_the_same_whether_the_bias_learns_or_not():
+    (q, k, v), bias = torch.randn(3, 3, 2, 6, 8), torch.randn(2, 6, 6)
+    expected = ((q @ k.mT) / 8**0.5 + bias).softmax(-1) @ v
+    assert torch.allclose(vsr.attend(q, k, v, bias=bias), expected, atol=1e-5)
+    learnt = bias.clone().requires_grad_()
+    y = vsr.attend(q, k, v, bias=learnt)
+    assert torch.allclose(y, expected, atol=1e-5)
+    y.square().sum().backward()
+    assert learnt.grad.abs().sum() > 0 and torch.equal(learnt, bias)
+
+
 def test_relative_bias_depends_on_the_offset_alone_and_starts_at_neighbours():
     h, w = 3, 4
     relative = vsr.RelativeBias(6, (h, w))
