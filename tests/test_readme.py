@@ -13,7 +13,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
-from data import TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "results" / "first_edition" / "README.md"]
@@ -71,9 +70,9 @@ def test_every_file_and_heading_that_is_linked_is_there(page):
 
 
 def test_the_figures_of_the_readme_are_those_of_the_run():
-    """Minutes, sizes and qualities of the stages, and the numbers in the sentences below the table."""
+    """Minutes, sizes and qualities of the stages."""
     metrics, page = json.loads((ROOT / "results" / "toy" / "metrics.json").read_text()), PAGES[0].read_text()
-    seconds, params, scores = metrics["seconds"], metrics["params"], metrics["methods"]
+    seconds, params = metrics["seconds"], metrics["params"]
     rows = {line.split(" | ")[0].lstrip("| "): line for line in page.splitlines() if line.startswith("|")}
 
     def minutes(*stages):
@@ -101,25 +100,6 @@ def test_the_figures_of_the_readme_are_those_of_the_run():
         assert minutes(f"refiner_{reading}") in row and size(f"refiner_{reading}") in row
     assert minutes("evaluation") in rows["evaluation"]
     assert f"took {sum(seconds.values()) / 60:.0f} minutes" in page
-
-    words = " ".join(page.split())
-    gap = {
-        method: [f"{evaluate.gap_closed(scores, method, task):.2f}" for task in ("all", *TASKS)]
-        for method in scores
-        if evaluate.has_gap(method)
-    }
-    right = {method: f"{score['all']['token_accuracy']:.3f}" for method, score in scores.items()}
-    ours = "refined_tokens+query"
-    assert f"closes {gap['parallel'][0]} of the gap where `{ours}` closes {gap[ours][0]}" in words
-    assert f"accuracy: {right[ours]} with it and {right['parallel']} without, where" in words
-    assert f"where greedy decoding has {right['ar_greedy']}." in words
-    all_tasks, colorize, inpaint, edges = gap["refined_tokens"]
-    assert (
-        f"closes {all_tasks}: {edges} on edges, {colorize} on colorization, {inpaint} on inpainting" in words
-    )
-    removed = evaluate.exposure_removed(scores, "refined_tokens", "all")
-    assert f"removes {removed:.2f} of the exposure error" in words
-    assert f"`expected_embedding`, closes {gap['expected_embedding'][0]}." in words
 
 
 def sections(page: Path) -> list:
