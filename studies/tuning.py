@@ -17,7 +17,7 @@ from vsr import GPT
 TUNED = ("pretrained further", "LoRA, own rollouts", "all weights, own rollouts")
 # Of the pretraining's peak. Each has an eighth of the steps; the one that is best
 # on validation sentences has all of them.
-RATES = (1.0, 0.3, 0.1, 0.03)
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
 class LoRA(nn.Module):

@@ -204,8 +204,8 @@ def test_tuning_is_on_known_sentences_and_its_rate_is_chosen_on_validation_ones(
 
 
 def test_the_rate_with_the_least_error_on_validation_sentences_has_all_steps(setup, models, monkeypatch):
-    """Of four rates the third leaves the fewest wrong tokens."""
-    wrong, tried, val = {1.0: 4, 0.3: 3, 0.1: 1, 0.03: 2}, [], models.trained.tokens["val"]
+    """Of five rates the third leaves the fewest wrong tokens."""
+    wrong, tried, val = {1.0: 4, 0.3: 3, 0.1: 1, 0.03: 2, 0.01: 5}, [], models.trained.tokens["val"]
 
     def tuned(setup, kind, backbone, steps, rate, batch_of, seed):
         tokens, y = batch_of(torch.Generator().manual_seed(1))
@@ -222,5 +222,5 @@ def test_the_rate_with_the_least_error_on_validation_sentences_has_all_steps(set
     monkeypatch.setattr(tuning, "tuned", tuned)
     monkeypatch.setattr(tuning, "generate_all", generate)
     model, rate, _ = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
-    assert tried == [(1.0, 10), (0.3, 10), (0.1, 10), (0.03, 10), (0.1, 80)]
+    assert tried == [(1.0, 10), (0.3, 10), (0.1, 10), (0.03, 10), (0.01, 10), (0.1, 80)]
     assert (model, rate) == ((0.1, 80), 0.1)
