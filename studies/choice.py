@@ -198,6 +198,6 @@ def plot(path, cells: list) -> None:
     pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
     size = pixels.shape[1] // 8
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
-    shown = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
-    titles = ["query", *shown, "nearest valid"]
+    names = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
+    titles = ["query", *(name.replace(",", "") for name in names), "nearest valid"]
     data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, column_labels=titles)
