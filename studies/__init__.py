@@ -23,5 +23,4 @@ A study is a module with a few plain names, which `studies/__main__.py` uses:
     run(setup, seed, **setting) -> dict     trains or measures one cell, gives plain numbers
     show(cells) -> str                      the table of all cells
     plot(path, cells)                       the picture
-    numbers(cells) -> dict                  more for the JSON file, if there is more
 """

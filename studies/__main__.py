@@ -67,9 +67,9 @@ def read_cells(path: Path, config: dict) -> list:
     return cells
 
 
-def save(out: Path, name: str, config: dict, cells: list, **more) -> None:
+def save(out: Path, name: str, config: dict, cells: list, **table) -> None:
     cells = sorted(cells, key=lambda cell: json.dumps(cell["cell"]))
-    content = json.dumps({"study": name, "config": config, **more, "cells": cells}) + "\n"
+    content = json.dumps({"study": name, "config": config, **table, "cells": cells}) + "\n"
     runtime.write_whole(out / f"{name}.json", lambda path: path.write_text(content))
 
 
@@ -135,9 +135,8 @@ def main():
             bar.set_postfix_str(f"{name} {cell}", refresh=True)
             folder = work / "-".join(["unfinished", name, *map(str, cell.values())])
             with contextlib.suppress(runtime.InUse), runtime.locked(folder, "--work"):
-                if cell in missing_cells(
-                    name, cells_of(name), args.seeds
-                ):  # nobody else has made it meanwhile
+                # Another process may have made it meanwhile
+                if cell in missing_cells(name, cells_of(name), args.seeds):
                     with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
                         result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
                     with runtime.locked(work, "--work", wait=True):
@@ -151,9 +150,8 @@ def main():
         if not cells:
             continue  # another process is at its first one
         text = study.show(cells)
-        more = study.numbers(cells) if hasattr(study, "numbers") else {}
         study.plot(out / f"{name}.png", cells)
-        save(out, name, config_of(name), cells, table=text.splitlines(), **rounded(more))
+        save(out, name, config_of(name), cells, table=text.splitlines())
         print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
 
 
