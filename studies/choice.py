@@ -35,8 +35,7 @@ import vqgan
 import vsr
 from studies import report
 from studies.hues import HUES, OneHue, even_palette, smaller
-from studies.runner import Setup, fit, generate_all, models_of, refine_all
-from vsr import Rollout
+from studies.runner import Setup, fit, generate_all, models_of, refine_all, replay
 
 MINUTES = 28
 SETTINGS = [{}]
@@ -119,17 +118,13 @@ def run(setup: Setup, seed: int) -> dict:
         return torch.cat(found).view(total, HUES, -1).cpu().short()  # (S, HUES, N)
 
     # Half of the training rollouts are greedy, half are sampled, and so are those of the test
-    rollouts, targets = {}, {name: {} for name in TARGETS}
+    rollouts, truth = replay(setup, models, ("query",))
+    targets = {"drawn": truth, "nearest": {}}
     for split, tokens in models.trained.tokens.items():
         half, generator = len(tokens) // 2, torch.Generator().manual_seed(seed)
-        parts = [
-            generate_all(setup, backbone, part, temperature, generator)
-            for part, temperature in ((tokens[:half], 0.0), (tokens[half:], 1.0))
-        ]
-        y, query = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "query"))
-        rollouts[split] = Rollout(y, None, query.bfloat16())
-        valid = valid_answers(split, len(tokens))
-        targets["drawn"][split] = tokens[:, -1]
+        sampled = generate_all(setup, backbone, tokens[half:], 1.0, generator).tokens
+        y, valid = torch.cat([rollouts[split].tokens[:half], sampled]), valid_answers(split, len(tokens))
+        rollouts[split] = rollouts[split]._replace(tokens=y)
         targets["nearest"][split] = valid[torch.arange(len(y)), nearest_valid(y, valid, codebook)]
 
     total, tests, written = len(models.test["tokens"]), {}, {}

@@ -122,14 +122,17 @@ def models_of(
     return SeedModels(trained, {"tokens": tokens, "images": images[:, -1], "task": task})
 
 
-def replay(setup: Setup, models: SeedModels, reads=READS) -> tuple[dict, dict]:
-    """Rollouts of a seed's training and validation sentences with the states that are read, and targets."""
-    backbone, tokens, generated = models.trained.backbone, models.trained.tokens, models.trained.generated
-    rollouts = {
-        split: train_refiner.replay_rollouts(backbone, tokens[split], generated[split], reads, setup.autocast)
-        for split in tokens
-    }
-    return rollouts, {split: tokens[split][:, -1] for split in tokens}
+def replay(setup: Setup, models: SeedModels, reads=READS, first: int | None = None) -> tuple[dict, dict]:
+    """Rollouts of a seed's training and validation sentences with the states that are read, and targets.
+
+    first: how many of each split, if not all.
+    """
+    trained, rollouts, targets = models.trained, {}, {}
+    for split, tokens in trained.tokens.items():
+        known = tokens[:first], trained.generated[split][:first]
+        rollouts[split] = train_refiner.replay_rollouts(trained.backbone, *known, reads, setup.autocast)
+        targets[split] = tokens[:first, -1]
+    return rollouts, targets
 
 
 def part_of(rollout: Rollout, rows) -> Rollout:
@@ -225,18 +228,6 @@ def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
 # Scores
 
 
-def score(setup: Setup, models: SeedModels, written: dict) -> dict:
-    """Scores of {method: (S, N)} by `evaluate.score_methods`, and the cosine error of each test sentence."""
-    test, tokenizer = models.test, models.trained.tokenizer
-    scores = evaluate.score_methods(tokenizer, written, test["images"], test["task"], setup.autocast)
-    y_true, codebook = test["tokens"][:, -1].long(), models.codebook.cpu()
-    by_sentence = {}
-    for method, y in written.items():
-        errors = vsr.cosine_error(y.long(), y_true, codebook).mean(1)  # (S,)
-        by_sentence[method] = [round(error, 5) for error in errors.tolist()]
-    return {"scores": scores, "by_sentence": by_sentence, "task": test["task"].tolist()}
-
-
 def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int, others=None) -> dict:
     """Scores of the backbone, and of refiners {name: refiner} over its greedy and teacher-forced output.
 
@@ -249,7 +240,9 @@ def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int, 
     for name, refiner in refiners.items():
         written[name] = refine_all(setup, models, refiner, rollout)
         written[name + evaluate.OF_FORCED] = refine_all(setup, models, refiner, forced)
-    return {**score(setup, models, written), "agreement": agreement(written, models.test)}
+    test = models.test
+    scores = evaluate.score_methods(tokenizer, written, test["images"], test["task"], setup.autocast)
+    return {"scores": scores, "agreement": agreement(written, test)}
 
 
 def agreement(written: dict, test: dict) -> dict:

@@ -64,13 +64,13 @@ def name_of(radius: int | None, start: str) -> str:
 def run(setup: Setup, seed: int, kind: str) -> dict:
     told = {"changes": smaller(setup.config), "make": functools.partial(OneHue, told=True), "label": "told"}
     models = models_of(setup, seed, **(told if kind == "told" else {}))
-    rollouts, targets = replay(setup, models)
-    reads, rows, refiners = READS if kind == "default" else ("tokens",), slice(10240), {}
+    rollouts, targets = replay(setup, models, first=10240)
+    reads, refiners = READS if kind == "default" else ("tokens",), {}
     for start in STARTS:
         for radius in RADII:
             make = functools.partial(Windowed, radius=radius, start=start)
             name, steps = name_of(radius, start), setup.config["study"].window_steps
-            options = {"rows": rows, "make": make, "steps": steps}
+            options = {"make": make, "steps": steps}
             refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, reads, **options)
     return score_refiners(setup, models, refiners, seed)
 

@@ -195,6 +195,16 @@ def test_models_of_a_seed_are_measured_on_test_sentences(setup, monkeypatch, tes
     assert torch.equal(models.test["tokens"][:, -1].long(), tokens)
 
 
+def test_only_the_first_rollouts_of_each_split_are_replayed(setup):
+    models = models_with(Backbone())
+    rollouts, targets = runner.replay(setup, models, ("query",), first=20)
+    for split, n in (("train", 20), ("val", 12)):
+        numbers = torch.tensor(SENTENCES[split][:n])
+        assert torch.equal(rollouts[split].tokens[:, 0], numbers + WRITTEN)
+        assert torch.equal(rollouts[split].query[:, 0, 0].float(), -numbers.float())
+        assert torch.equal(targets[split][:, 0], numbers + TRUE)
+
+
 @pytest.mark.parametrize("rows", [slice(None), slice(7), torch.tensor([5, 2, 40])])
 def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     models = models_with(Backbone())
@@ -232,12 +242,13 @@ def test_each_setting_has_its_own_refiner_and_cost(setup, fitted, scored, monkey
 
 def test_refiners_of_a_study_are_scored_on_greedy_and_on_teacher_forced_output(setup, monkeypatch):
     models, seen = models_with(Backbone()), {}
+    models.test["images"] = None
     monkeypatch.setattr(evaluate, "decode_methods", lambda *args: {"ar_greedy": args[-1]})
     kinds = {"generate_all": "greedy", "force_all": "forced"}
     for name, kind in kinds.items():
         monkeypatch.setattr(runner, name, lambda setup, backbone, tokens, kind=kind: (kind, tokens))
     monkeypatch.setattr(runner, "refine_all", lambda setup, models, refiner, given: (refiner, *given))
-    monkeypatch.setattr(runner, "score", lambda setup, models, written: seen.update(written) or {})
+    monkeypatch.setattr(evaluate, "score_methods", lambda *args: seen.update(args[1]) or {})
     monkeypatch.setattr(runner, "agreement", lambda *_: {})
     runner.score_refiners(setup, models, {"x": "one", "y": "two"}, 5)
     tokens = models.test["tokens"]
@@ -479,6 +490,7 @@ def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch,
 def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(setup, fitted, monkeypatch):
     """Each sentence has six valid answers; the one nearest to what was written is that of its number."""
     written, hues = {}, choice.HUES
+    sampled = 100 * hues  # what sampling adds to the number of what is written
 
     class Scenes:
         def __init__(self, config, seed, told):
@@ -496,7 +508,8 @@ def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(set
 
     def generate(setup, backbone, part, temperature, generator):
         drawn.append((temperature, numbers_of(part[:, 0])))
-        return backbone.generate(part[:, :-1].flatten(1), N)
+        rollout = backbone.generate(part[:, :-1].flatten(1), N)
+        return rollout._replace(tokens=rollout.tokens + (sampled if temperature else 0))
 
     models, drawn = models_with(Backbone()), []
     models.trained.tokenizer.encode = lambda images: images[:, 0, 0, :1].long().expand(-1, N)
@@ -519,15 +532,15 @@ def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(set
                 number = torch.tensor(rows)[:, None].expand(-1, N)
                 truth = number + (TRUE if target == "drawn" else 1000 * (number % hues))
                 assert torch.equal(given.targets[split], truth)
-                assert torch.equal(given.rollouts[split].tokens, number + WRITTEN)
+                second_half = (torch.arange(len(rows)) >= len(rows) // 2)[:, None]
+                assert torch.equal(given.rollouts[split].tokens, number + WRITTEN + sampled * second_half)
                 assert torch.equal(given.rollouts[split].query[..., 0].float(), -number.float())
         for of in ("greedy", "sampled"):
             refined = written[f"{name}, of {of}"]
             assert refined[0] == name
             assert refined[1].tokens is written[of]
     train, val, test = map(list, SENTENCES.values())
-    halves = [(0.0, train[:24]), (1.0, train[24:]), (0.0, val[:6]), (1.0, val[6:])]
-    assert drawn == [*halves, (0.0, test), (1.0, test)]
+    assert drawn == [(1.0, train[24:]), (1.0, val[6:]), (0.0, test), (1.0, test)]
 
 
 def test_ways_of_decoding_are_chosen_on_validation_and_used_on_test_sentences(setup, scored, monkeypatch):
@@ -951,9 +964,7 @@ def make_cells(seed: int = 0, count: int = 3, **more) -> list:
                 score |= {"psnr": some(10, 30), "ssim": some(0, 1)}
                 score["cosine_error_by_position"] = [some(0, 1) for _ in range(N)]
                 scores.setdefault(method, {})[group] = score
-        by_sentence = {method: [some(0, 1) for _ in range(12)] for method in METHODS}
-        cell = {"cell": {"seed": number}, "scores": scores, "by_sentence": by_sentence}
-        cells.append({**cell, "task": [i % 3 for i in range(12)], **more})
+        cells.append({"cell": {"seed": number}, "scores": scores, **more})
     return cells
 
 

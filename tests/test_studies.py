@@ -106,14 +106,6 @@ def test_every_study_says_what_it_asks():
         assert study.MINUTES > 0
 
 
-def test_the_score_of_a_method_is_the_mean_of_its_sentences(finished):
-    (cell,) = result_of(finished.out, "rollout")["cells"]
-    assert cell["by_sentence"].keys() == cell["scores"].keys() >= {*rollout.METHODS, "ar_greedy"}
-    for method, errors in cell["by_sentence"].items():
-        assert len(errors) == 24
-        assert sum(errors) / 24 == pytest.approx(cell["scores"][method]["all"]["cosine_error"], abs=1e-4)
-
-
 def test_positions_are_those_of_short_and_of_long_images(finished):
     """Twice the side has four times the tokens, and the curves of all methods are that long."""
     cells, lengths = result_of(finished.out, "positions")["cells"], []
@@ -168,7 +160,7 @@ def test_a_cell_that_was_killed_goes_on_within_its_trainings(finished, command, 
     assert command(studies, "loss", *finished.flags, "--out", tmp_path).status == 0
     assert len(steps) == 2 + 6 * 4, "half of the fourth, and the last six; nothing of the first three"
     (resumed,), (whole,) = (result_of(folder, "loss")["cells"] for folder in (tmp_path, finished.out))
-    assert resumed["by_sentence"] == whole["by_sentence"]
+    assert resumed["scores"] == whole["scores"]
     assert not unfinished.exists()
 
 
