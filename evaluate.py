@@ -154,8 +154,8 @@ def format_table(scores: dict) -> str:
 
 def has_gap(method: str) -> bool:
     """Whether a method is measured by the gap that it closes: whatever repairs what greedy decoding wrote."""
-    plain = method.startswith("refined_") or method in ("expected_embedding", "parallel")
-    return plain and not method.endswith(OF_FORCED)
+    repairs = method.startswith(("refined_", "parallel", "expected_embedding"))
+    return repairs and not method.endswith(OF_FORCED)
 
 
 def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, params: dict) -> str:

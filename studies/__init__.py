@@ -10,7 +10,6 @@
     size         how small a refiner is enough?
     backbones    does it work on other backbones?
     demos        do more demonstrations help?                          the paper's Figure 3
-    loss         does the loss matter?
     probe        how far does one wrong token run, and how much of it is taken back?
     generalize   does it correct tasks and data that it has not seen?
     speed        what does all this cost, and is the code fast?

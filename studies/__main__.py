@@ -26,7 +26,7 @@ from studies import runner
 
 NAMES = (
     "rollout", "choice", "maturity", "window", "positions", "decoding", "data", "size", "backbones", "demos",
-    "loss", "probe", "generalize", "speed", "adversarial",
+    "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
 

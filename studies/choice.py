@@ -5,18 +5,19 @@ nothing tells the hue of a scene (`studies/hues.py`, free), but both objects hav
 are valid, and the backbone chooses one while it writes. Every image is compared with the valid answer nearest
 to it. Stated before it was run:
 
-    sampled                 chooses among the hues, and sometimes changes its mind in the middle of an image
-    greedy                  chooses too, and is coherent more often
-    parallel, drawn         cannot know what was chosen: it gives a mean of the hues, far from all of them
-    refined, drawn          the paper's loss, against the one hue that happened to be drawn: that hue says
-                            nothing about the one that was written, so it hedges as well
-    refined, nearest        the same refiner, its target the valid answer nearest to what was written: keeps
-                            the choice and repairs the rest
-    parallel, nearest       has the same target, and does not know what was written: hedges
+    sampled                     chooses among the hues, and sometimes changes its mind within an image
+    greedy                      chooses too, and is coherent more often
+    parallel, true hue          cannot know what was chosen: it gives a mean of the hues, far from all of them
+    refined, true hue           the single truth as target, the hue that the scene happened to have: it says
+                                nothing about the one that was written, so this hedges as well
+    refined, nearest valid      the same refiner and loss, its target the valid answer nearest to what was
+                                written: keeps the choice and repairs the rest
+    parallel, nearest valid     has the same target, and does not know what was written: hedges
 
-For refining the written image speaks that `refined, nearest` is nearer to a valid answer and more often
-coherent than what was sampled, and than `parallel`, whatever its target. Against it, that it is not; against
-the paper's loss, that `refined, drawn` is further from a valid answer than what was written.
+For refining the written image speaks that `refined, nearest valid` is nearer to a valid answer and more often
+coherent than what was written, keeps its hue, and beats `parallel`, whatever its target. Against it, that it
+does not, or that greedy decoding is all that one needs; against the single truth as target, that `refined,
+true hue` is further from a valid answer than what was written.
 
 `tokens` alone is also the case of a backbone behind an interface that gives no states.
 """
@@ -45,16 +46,20 @@ READINGS = {
     "refined_tokens+query": ("tokens", "query"),
     "parallel": ("query",),
 }
-TARGETS = ("drawn", "nearest")
-SHOWN = (  # beside the query and the nearest valid answer
+TARGETS = ("true hue", "nearest valid")
+SHOWN = (  # beside the query and the valid answer nearest to the sample
+    "greedy",
     "sampled",
-    "parallel, drawn, of sampled",
-    "refined_tokens, drawn, of sampled",
-    "parallel, nearest, of sampled",
-    "refined_tokens, nearest, of sampled",
-    "refined_tokens+query, nearest, of sampled",
+    "parallel, true hue, of sampled",
+    "refined_tokens, true hue, of sampled",
+    "parallel, nearest valid, of sampled",
+    "refined_tokens, nearest valid, of sampled",
+    "refined_tokens+query, nearest valid, of sampled",
 )
-MEASURES = ("cosine error", "tokens right", "PSNR", "coherent", "colour", "hues used")
+MEASURES = {  # and their digits
+    "cosine error": 3, "tokens right": 3, "PSNR": 1,
+    "coherent": 3, "hue kept": 3, "colour": 2, "hues used": 1,
+}  # fmt: skip
 
 
 def nearest_valid(tokens: torch.Tensor, valid: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -83,21 +88,30 @@ def hues_of(images: torch.Tensor, objects: torch.Tensor) -> tuple[torch.Tensor, 
     return torch.stack(shares, dim=1), torch.stack(colour, dim=1)
 
 
+def is_coherent(shares: torch.Tensor) -> torch.Tensor:
+    """Whether both objects have one hue, and the same: shares (S, 2, HUES) of `hues_of` -> (S,) bool."""
+    return (shares[:, 0].argmax(-1) == shares[:, 1].argmax(-1)) & (shares.amax(-1).amin(1) > 0.9)
+
+
 def score(setup: Setup, models, written: dict, valid: dict, objects: torch.Tensor) -> dict:
-    """{method: {measure: value}}, each sentence against the valid answer nearest to it."""
+    """{method: {measure: value}}, each sentence against the valid answer nearest to it.
+
+    A method ", of sampled" keeps the hue if that answer is also the one nearest to what was sampled.
+    """
     result, tokenizer, codebook = {}, models.trained.tokenizer, models.codebook.cpu()
+    chosen = {method: nearest_valid(y, valid["tokens"], codebook) for method, y in written.items()}
     for method, y in written.items():
-        chosen, rows = nearest_valid(y, valid["tokens"], codebook), torch.arange(len(y))
-        truth = valid["tokens"][rows, chosen].long()
+        rows = torch.arange(len(y)), chosen[method]
+        truth, before = valid["tokens"][rows].long(), chosen[method.rpartition(", of ")[2]]
         images = evaluate.decode_images(tokenizer, y, setup.autocast)
         shares, colour = hues_of(images, objects)
-        coherent = (shares[:, 0].argmax(-1) == shares[:, 1].argmax(-1)) & (shares.amax(-1).amin(1) > 0.9)
-        used = torch.bincount(chosen, minlength=HUES) / len(chosen)
+        used = torch.bincount(chosen[method], minlength=HUES) / len(y)
         values = (
             vsr.cosine_error(y.long(), truth, codebook).mean().item(),
             (y == truth).float().mean().item(),
-            vqgan.psnr(images, valid["images"][rows, chosen]).mean().item(),
-            coherent.float().mean().item(),
+            vqgan.psnr(images, valid["images"][rows]).mean().item(),
+            is_coherent(shares).float().mean().item(),
+            (chosen[method] == before).float().mean().item(),
             colour.mean().item(),
             torch.special.entr(used).sum().exp().item(),
         )
@@ -119,13 +133,13 @@ def run(setup: Setup, seed: int) -> dict:
 
     # Half of the training rollouts are greedy, half are sampled, and so are those of the test
     rollouts, truth = replay(setup, models, ("query",))
-    targets = {"drawn": truth, "nearest": {}}
+    targets = {TARGETS[0]: truth, TARGETS[1]: {}}
     for split, tokens in models.trained.tokens.items():
         half, generator = len(tokens) // 2, torch.Generator().manual_seed(seed)
         sampled = generate_all(setup, backbone, tokens[half:], 1.0, generator).tokens
         y, valid = torch.cat([rollouts[split].tokens[:half], sampled]), valid_answers(split, len(tokens))
         rollouts[split] = rollouts[split]._replace(tokens=y)
-        targets["nearest"][split] = valid[torch.arange(len(y)), nearest_valid(y, valid, codebook)]
+        targets[TARGETS[1]][split] = valid[torch.arange(len(y)), nearest_valid(y, valid, codebook)]
 
     total, tests, written = len(models.test["tokens"]), {}, {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
@@ -138,16 +152,19 @@ def run(setup: Setup, seed: int) -> dict:
             refiner, _, _ = fit(setup, models, name, rollouts, targets[target], seed, reads, steps=steps)
             for of, rollout in tests.items():
                 written[f"{name}, of {of}"] = refine_all(setup, models, refiner, rollout)
+    written["truth"] = models.test["tokens"][:, -1]  # what the tokenizer leaves of it
     valid = {"tokens": valid_answers("test", total), "images": sentences.valid("test", total)}
-    result = {"scores": score(setup, models, written, valid, sentences.objects("test", total))}
+    objects = sentences.objects("test", total)
+    result = {"scores": score(setup, models, written, valid, objects)}
     if seed == 0:
-        y = written["sampled"][:8]
-        chosen = nearest_valid(y, valid["tokens"][:8], codebook)
-        query = sentences("test", 0, 64)[0][:8, -2]
-        shown = [evaluate.decode_images(tokenizer, written[name][:8], setup.autocast) for name in SHOWN]
-        columns = torch.stack(
-            [query, *shown, valid["images"][torch.arange(8), chosen]]
-        )  # (columns, 8, 3, S, S)
+        # The first four samples that are coherent, and the first four that are not
+        images = evaluate.decode_images(tokenizer, written["sampled"], setup.autocast)
+        coherent = is_coherent(hues_of(images, objects)[0])
+        rows = torch.cat([(coherent == wanted).nonzero().flatten()[:4] for wanted in (True, False)])
+        chosen = nearest_valid(written["sampled"][rows], valid["tokens"][rows], codebook)
+        shown = [evaluate.decode_images(tokenizer, written[name][rows], setup.autocast) for name in SHOWN]
+        query = data.joined(sentences.batches("test", total))[0][rows, -2]
+        columns = torch.stack([query, *shown, valid["images"][rows, chosen]])  # (columns, rows, 3, S, S)
         result["samples"] = png_text(columns.permute(2, 1, 3, 0, 4).flatten(3).flatten(1, 2))
     return result
 
@@ -161,38 +178,39 @@ def png_text(image: torch.Tensor) -> str:
 
 def show(cells: list) -> str:
     """Each method's measures; cosine errors as differences to sampling, within a seed."""
-    names, width = list(cells[0]["scores"]), 40
-    heads = ["cosine error - sampled", "tokens right", "PSNR", "coherent", "colour", "hues used"]
+    heads = ["cosine error - sampled", *list(MEASURES)[1:]]
     lines = [
         f"against the nearest valid answer; mean over {len(cells)} seeds with a 95 % t interval",
-        f"{'':{width}}" + "".join(f"{head:>26}" for head in heads),
+        f"{'':50}" + "".join(f"{head:>26}" for head in heads),
     ]
-    for name in names:
+    for name in cells[0]["scores"]:
         row = []
-        for measure in MEASURES:
+        for measure, digits in MEASURES.items():
             values = [cell["scores"][name][measure] for cell in cells]
             if measure == "cosine error":
                 base = [cell["scores"]["sampled"][measure] for cell in cells]
                 values = [a - b for a, b in zip(values, base, strict=True)]
-            row.append(report.estimate(values, {"PSNR": 1, "hues used": 1, "colour": 2}.get(measure, 3)))
-        lines.append(f"{name:{width}}" + "".join(f"{text:>26}" for text in row))
+            row.append(report.estimate(values, digits))
+        lines.append(f"{name:50}" + "".join(f"{text:>26}" for text in row))
     return "\n".join(lines)
 
 
 def plot(path, cells: list) -> None:
     names = [name for name in cells[0]["scores"] if not name.endswith("of greedy")]
-    figure = report.new_figure(3, 4.0, 0.8 + 0.32 * len(names))
+    shown = [measure for measure in MEASURES if measure != "hues used"]
+    figure = report.new_figure(len(shown), 2.6, 0.8 + 0.32 * len(names))
     colours = [evaluate.COLOURS.get(name.split(",")[0], evaluate.COLOURS["ar_greedy"]) for name in names]
-    for axis, measure in zip(figure.axes, ("tokens right", "coherent", "colour"), strict=True):
+    labels = [name.removesuffix(", of sampled") for name in names]
+    for axis, measure in zip(figure.axes, shown, strict=True):
         values = [[cell["scores"][name][measure] for cell in cells] for name in names]
-        report.bars(axis, names if axis is figure.axes[0] else [""] * len(names), values, colours)
-        axis.set(xlabel=measure, xlim=(0, None))
+        report.bars(axis, labels if axis is figure.axes[0] else [""] * len(names), values, colours)
+        axis.set_xlabel(measure)
     report.save(figure, path)
 
     picture = next(cell["samples"] for cell in cells if "samples" in cell)  # of seed 0
     pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
     size = pixels.shape[1] // 8
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
-    names = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
-    titles = ["query", *(name.replace(",", "") for name in names), "nearest valid"]
-    data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, column_labels=titles)
+    titles = ["query", *(name.removesuffix(", of sampled") for name in SHOWN), "nearest valid"]
+    labels = [name if i == 1 else "" for name in ("coherent", "incoherent") for i in range(4)]
+    data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, labels, titles)

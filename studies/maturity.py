@@ -1,10 +1,11 @@
 """Does it survive a good backbone? What is left to repair when the backbone has been trained for long.
 
 The backbones of the toy see each sentence about twice. Here every step has sentences that nobody has had
-before, for 700, 2,800 and 11,200 steps of 16, and refiners learn from rollouts on further sentences. Rivals
-spend what the refiner costs, in operations, on the backbone itself: further pretraining, a wider backbone
-(not after 11,200 steps: it would take hours), and tuning (LoRA, or all weights) on its own rollouts as prefix
-with the true targets. Stated before it was run:
+before, for 700, 2,800 and 11,200 steps of 16, and refiners learn from rollouts on further sentences. (Their
+scenes may come again: some 0.6 million are possible.) Rivals spend what the refiner costs, in operations, on
+the backbone itself: further pretraining, a wider backbone (after 700 steps only: it would take hours), and
+tuning (LoRA, or all weights) on its own rollouts as prefix with the true targets. That of the best rate is
+counted, not the search for it. Stated before it was run:
 
     for refinement      at every maturity it leaves less error than greedy decoding and than the rivals, and
                         removes exposure error, not only error that is made on the true prefix too
@@ -19,22 +20,23 @@ import torch
 
 import data
 import evaluate
+import runtime
 import train_refiner
 import vsr
 from evaluate import method_name
 from studies import report
 from studies.decoding import TEMPERATURES, consensus, likeliest, samples_of
-from studies.report import values_of
-from studies.runner import READS, Setup, count, fit, generate_all, models_of, score_refiners
+from studies.report import estimate, values_of
+from studies.runner import OURS, Setup, count, fit, force_all, generate_all, models_of, score_refiners
 from studies.stages import flops_per_token
-from studies.tuning import TUNED, tuned_at_best
+from studies.tuning import TUNED, equal_steps, tuned_at_best
 from vsr import GPT, Rollout
 
 MINUTES = 70
 SETTINGS = [{"steps": steps} for steps in (700, 2800, 11200)]
 
 BATCH = 16  # half of the default: what can be trained to its plateau within hours
-WIDER_UP_TO = 2800
+WIDER_UP_TO = 700
 READINGS = {method_name(reading): tuple(reading.split("+")) for reading in train_refiner.READINGS}
 SAMPLED = ("likeliest of n", "consensus of n")
 METHODS = (*READINGS, *TUNED, "wider backbone", *SAMPLED)
@@ -62,20 +64,18 @@ class Fresh:
 def pretrained(setup: Setup, name: str, config, fresh: Fresh, val: torch.Tensor, V: int, seed: int):
     """A backbone after `config.steps` steps on fresh sentences -> (frozen backbone, log)."""
     run = (setup.device, setup.dtype, seed)
-    progress = setup.progress(name, {"gpt": asdict(config)})
+    made_with = {"gpt": asdict(config), "tokenizer": runtime.fingerprint(fresh.tokenizer.state_dict())}
+    progress = setup.progress(name, made_with)
     return train_refiner.train_backbone(config, fresh, val, V, *run, progress=progress)
 
 
-def equal_steps(setup: Setup, backbone: GPT) -> int:
-    """How many training steps of the backbone cost what a refiner does: rollouts, query states, training."""
-    config, study, N = setup.config["refiner"], setup.config["study"], backbone.tokens_per_image
-    forward, tokens = flops_per_token(backbone) / 3, backbone.max_tokens  # a third of a training step's
-    # Each sentence is written once, and its prompt read again for the states
-    generation = study.rollouts * (tokens + tokens - N) * forward
-    grid = (round(N**0.5),) * 2
-    refiner = vsr.Refiner(config, READS, grid, setup.config["vqgan"].code_dim, backbone.config.width)
-    training = study.steps * config.batch_size * N * 6 * count(refiner)
-    return max(1, round((generation + training) / (3 * forward * tokens * BATCH)))
+def wider_config(backbone: GPT, refiner, steps: int, shape: tuple):
+    """Of a backbone as large as backbone and refiner together, for the operations of `steps` steps."""
+    width, wanted = backbone.config.width, count(backbone) + count(refiner)
+    while count(larger := GPT(replace(backbone.config, width=width), *shape)) < wanted:
+        width += 1
+    steps = round(steps * flops_per_token(backbone) / flops_per_token(larger))
+    return replace(larger.config, steps=steps)
 
 
 def of_samples(setup: Setup, backbone: GPT, tokens, n: int, temperature: float, seed: int, codebook) -> dict:
@@ -109,45 +109,57 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
         refiners[method], _, _ = fit(setup, models, method, rollouts, targets, seed, reads, **options)
     seconds["refiners"] = time.perf_counter() - began
 
+    def error_of(y: torch.Tensor, split: str = "val") -> float:
+        return vsr.cosine_error(y.long(), targets[split].long(), codebook).mean().item()
+
     # The rivals, each at the rate or temperature with the least error on validation sentences
-    def error_of(y: torch.Tensor) -> float:
-        return vsr.cosine_error(y.long(), val[:, -1].long(), codebook).mean().item()
-
-    budget, test, others, chosen = equal_steps(setup, backbone), base.test["tokens"], {}, {}
+    test, others, study = base.test["tokens"], {}, setup.config["study"]
+    tried = {name: {} for name in (*TUNED, *SAMPLED)}  # {rate or temperature: error}
+    budget = equal_steps(setup, models, study.rollouts, study.steps, BATCH)
     prefixes = (tokens["train"], rollouts["train"].tokens)
-    for kind in TUNED:
-        model, chosen[kind], seconds[kind] = tuned_at_best(setup, kind, models, prefixes, budget, BATCH, seed)
-        others[kind] = generate_all(setup, model, test).tokens
 
-    if steps <= WIDER_UP_TO:  # as large as backbone and refiner together, trained for as long and as much
-        extra = count(refiners[method_name("tokens+query")])
-        width = round(config.width * (1 + extra / count(backbone)) ** 0.5)
-        wider, began = replace(config, width=width, steps=steps + budget), time.perf_counter()
-        model, _ = pretrained(setup, "wider", wider, Fresh(setup, base, sentences), val, V, seed)
-        others["wider backbone"] = generate_all(setup, model, test).tokens
+    def use(name: str, model: GPT) -> None:
+        others[name] = generate_all(setup, model, test).tokens
+        others[name + evaluate.OF_FORCED] = force_all(setup, model, test).tokens
+
+    for kind in TUNED:
+        known = (models, prefixes, budget[kind], BATCH, seed)
+        model, tried[kind], seconds[kind] = tuned_at_best(setup, kind, *known)
+        use(kind, model)
+
+    if steps <= WIDER_UP_TO:
+        began, shape = time.perf_counter(), (V, *val.shape[:0:-1])
+        config = wider_config(backbone, refiners[method_name(OURS)], steps + budget[TUNED[0]], shape)
+        model, _ = pretrained(setup, "wider", config, Fresh(setup, base, sentences), val, V, seed)
+        use("wider backbone", model)
         seconds["wider backbone"] = time.perf_counter() - began
 
-    n, tried = setup.config["study"].samples, {way: {} for way in SAMPLED}
     for temperature in TEMPERATURES:
-        for way, y in of_samples(setup, backbone, val, n, temperature, seed, codebook).items():
+        for way, y in of_samples(setup, backbone, val, study.samples, temperature, seed, codebook).items():
             tried[way][temperature] = error_of(y)
     for way in SAMPLED:
-        chosen[way] = min(tried[way], key=tried[way].get)
-        others[way] = of_samples(setup, backbone, test, n, chosen[way], seed, codebook)[way]
+        best = min(tried[way], key=tried[way].get)
+        others[way] = of_samples(setup, backbone, test, study.samples, best, seed, codebook)[way]
+
     result = score_refiners(setup, models, refiners, seed, others)
     losses = {name: log[name][-1] for name in ("val_loss", "val_target_loss", "val_target_accuracy")}
-    more = {"budget": budget, "chosen": chosen, "seconds": seconds, "backbone": losses}
-    return {**result, **more, "val_loss": dict(zip(log["val_step"], log["val_loss"], strict=True))}
+    result |= {"budget": budget, "tried": tried, "seconds": seconds, "backbone": losses}
+    result["rollout_error"] = {split: error_of(rollout.tokens, split) for split, rollout in rollouts.items()}
+    return {**result, "val_loss": dict(zip(log["val_step"], log["val_loss"], strict=True))}
 
 
 def show(cells: list) -> str:
     lines = []
     for steps, group in report.by_setting(cells, "steps").items():
         methods = [method for method in METHODS if method in group[0]["scores"]]
+        own = [estimate([cell["rollout_error"][split] for cell in group], 4) for split in ("train", "val")]
         lines += [
-            f"{steps:,} steps: {report.backbone_line(group)}; refiners cost {group[0]['budget']} steps more"
+            f"{steps:,} steps: {report.backbone_line(group)}",
+            f"error of rollouts that refiners learn from {own[0]}, of validation {own[1]}",
+            "steps of rivals: " + ", ".join(f"{kind} {n}" for kind, n in group[0]["budget"].items()),
+            report.measures_table(group, methods),
+            "",
         ]
-        lines += [report.measures_table(group, methods), ""]
     return "\n".join(lines[:-1])
 
 

@@ -2,7 +2,9 @@
 
 Cosine error by token position, at the toy's own length and at the paper's: pictures of twice the side have
 256 tokens. The backbone makes errors on the true prefix too; what accumulates is what it makes beyond those,
-its error minus the teacher-forced one at the same place. Stated before it was run:
+its error minus the teacher-forced one at the same place. What is left of that after refining is the error
+minus that of the refined teacher-forced output. LoRA is trained on own rollouts, with as many operations as
+our refiner. Stated before it was run:
 
     for accumulation    that difference rises along the raster
     for its repair      the refined curve takes it back, and most where it is largest: late
@@ -21,8 +23,8 @@ from evaluate import method_name
 from studies import report
 from studies.hues import at_most
 from studies.report import GROUPS, estimate
-from studies.runner import Setup, generate_all, models_of, score_refiners
-from studies.tuning import TUNED, tuned_at_best
+from studies.runner import Setup, force_all, generate_all, models_of, score_refiners
+from studies.tuning import TUNED, equal_steps, tuned_at_best
 
 MINUTES = 40
 SETTINGS = [{"scale": 1}, {"scale": 2}]  # of the side of the pictures
@@ -50,11 +52,16 @@ def run(setup: Setup, seed: int, scale: int) -> dict:
     setup = replace(setup, config=config)
     trained = models.trained
     known = (trained.tokens["train"][: len(trained.generated["train"])], trained.generated["train"])
-    steps, batch_size = max(1, config["gpt"].steps // 4), config["gpt"].batch_size
-    lora, rate, _ = tuned_at_best(setup, LORA, models, known, steps, batch_size, seed)
-    others = {LORA: generate_all(setup, lora, models.test["tokens"]).tokens}
+    batch_size, refiner = config["gpt"].batch_size, config["refiner"]
+    budget = equal_steps(setup, models, refiner.rollouts, refiner.steps, batch_size)
+    lora, tried, _ = tuned_at_best(setup, LORA, models, known, budget[LORA], batch_size, seed)
+    others = {
+        LORA: generate_all(setup, lora, models.test["tokens"]).tokens,
+        LORA + evaluate.OF_FORCED: force_all(setup, lora, models.test["tokens"]).tokens,
+    }
     refiners = {method_name(reading): refiner for reading, refiner in trained.refiners.items()}
-    return {**score_refiners(setup, models, refiners, seed, others), "chosen": rate, "steps": steps}
+    result = score_refiners(setup, models, refiners, seed, others)
+    return {**result, "tried": tried, "steps": budget[LORA]}
 
 
 def curves(cells: list, method: str, group: str) -> torch.Tensor:
@@ -63,13 +70,14 @@ def curves(cells: list, method: str, group: str) -> torch.Tensor:
 
 
 def accumulated(cells: list, method: str, group: str) -> torch.Tensor:
-    """What a method has beyond the teacher-forced error at the same place: (seeds, N)."""
-    return curves(cells, method, group) - curves(cells, "teacher_forced", group)
+    """What a method has beyond its own error after the true prefix, at the same place: (seeds, N)."""
+    forced = "teacher_forced" if method == "ar_greedy" else method + evaluate.OF_FORCED
+    return curves(cells, method, group) - curves(cells, forced, group)
 
 
 def show(cells: list) -> str:
     """By thirds of the raster, as shares of what greedy decoding accumulates over all of it."""
-    lines = ["what is made beyond the teacher-forced error, as a share of what greedy decoding makes of it"]
+    lines = ["error that has accumulated: as a share of what greedy decoding has over the whole raster"]
     for group in report.by_setting(cells, "scale").values():
         greedy = accumulated(group, "ar_greedy", "all")  # (seeds, N)
         N, whole = greedy.shape[1], greedy.sum(1).tolist()
@@ -106,6 +114,6 @@ def plot(path, cells: list) -> None:
                 axis.set(title=f"{name}, {by_seed.shape[1]} tokens" if k == 0 else "")
                 axis.set_xlabel("token position t (raster order)" if k else "")
                 if j == 0:
-                    axis.set_ylabel("beyond teacher-forced" if k else "cosine error")
+                    axis.set_ylabel("accumulated" if k else "cosine error")
     figure.axes[0].legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
     report.save(figure, path)

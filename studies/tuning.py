@@ -11,13 +11,12 @@ from torch.nn.utils import parametrize
 import runtime
 import train_refiner
 import vsr
-from studies.runner import SeedModels, Setup, generate_all
+from studies.runner import READS, SeedModels, Setup, count, generate_all
+from studies.stages import flops_per_token
 from vsr import GPT
 
 TUNED = ("pretrained further", "LoRA, own rollouts", "all weights, own rollouts")
-# Of the pretraining's peak. Each has an eighth of the steps; the one that is best
-# on validation sentences has all of them.
-RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
+FIRST_RATE, FACTOR = 0.1, 3.0  # of the pretraining's peak, and between one rate that is tried and the next
 
 
 class LoRA(nn.Module):
@@ -89,7 +88,8 @@ def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch
     generator, name = torch.Generator().manual_seed(seed), f"{kind}, rate {rate}, {steps} steps"
     parts = {"model": backbone, "generator": generator}
     parts |= {f"optimizer {number}": optimizer for number, optimizer in enumerate(optimizers)}
-    progress = setup.progress(name, {"steps": steps, "rate": rate})
+    made_with = {"steps": steps, "rate": rate, "backbone": runtime.fingerprint(backbone.state_dict())}
+    progress = setup.progress(name, made_with)
     for step in runtime.training_steps(name, steps, {}, parts, progress):
         loss = loss_of(setup, backbone.train(), *batch_of(generator))
         train_refiner.optimizer_step(
@@ -99,23 +99,45 @@ def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch
     return backbone.eval()
 
 
+def equal_steps(setup: Setup, models: SeedModels, rollouts: int, steps: int, batch_size: int) -> dict:
+    """{kind: steps of `tuned`} that take as many operations as a refiner's rollouts and training.
+
+    Those that learn from rollouts have to make them, too.
+    """
+    config, backbone = setup.config["refiner"], models.trained.backbone
+    N, sizes = backbone.tokens_per_image, (models.grid, models.codebook.shape[1], backbone.config.width)
+    of_backbone = flops_per_token(backbone) * backbone.max_tokens  # of a training step, a sentence
+    generation = rollouts * of_backbone / 3  # forward alone, each token once
+    of_refiner = 6 * count(vsr.Refiner(config, READS, *sizes)) + 12 * config.layers * config.width * N
+    training = steps * config.batch_size * N * of_refiner
+    operations = {kind: training + (generation if kind == TUNED[0] else 0) for kind in TUNED}
+    return {kind: max(1, round(value / (of_backbone * batch_size))) for kind, value in operations.items()}
+
+
 def tuned_at_best(
     setup: Setup, kind: str, models: SeedModels, known: tuple, steps: int, batch_size: int, seed: int
 ):
-    """Tune a seed's backbone at the rate with the least error on validation -> (backbone, rate, seconds).
+    """Tune a seed's backbone at the rate with the least error on validation sentences.
 
     kind: of `TUNED`. known: true sentences (n, 2K+2, N), and what the backbone wrote for them (n, N).
+    Each rate has all the steps. They are tried until the next larger and the next smaller one are both worse
+    than the best. Returns (backbone, {rate: error}, seconds of the best).
     """
-    backbone, val, tried = models.trained.backbone, models.trained.tokens["val"], {}
+    val, tried = models.trained.tokens["val"], {}  # {power of FACTOR: (error, rate, seconds, backbone)}
 
     def batch_of(generator: torch.Generator):
         rows = torch.randint(len(known[0]), (batch_size,), generator=generator)
         return known[0][rows], known[1][rows]
 
-    for rate in RATES:
-        model = tuned(setup, kind, backbone, max(1, steps // 8), rate, batch_of, seed)
-        y = generate_all(setup, model, val).tokens.long()
-        tried[rate] = vsr.cosine_error(y, val[:, -1].long(), models.codebook.cpu()).mean().item()
-    began, best = time.perf_counter(), min(tried, key=tried.get)
-    model = tuned(setup, kind, backbone, steps, best, batch_of, seed)
-    return model, best, time.perf_counter() - began
+    best = 0
+    while todo := {best - 1, best, best + 1} - tried.keys():
+        for power in sorted(todo):
+            rate, began = round(FIRST_RATE * FACTOR**power, 6), time.perf_counter()
+            model = tuned(setup, kind, models.trained.backbone, steps, rate, batch_of, seed)
+            seconds = time.perf_counter() - began
+            y = generate_all(setup, model, val).tokens.long()
+            error = vsr.cosine_error(y, val[:, -1].long(), models.codebook.cpu()).mean().item()
+            tried[power] = error, rate, seconds, model
+        best = min(tried, key=lambda power: tried[power][0])
+    errors = {rate: error for error, rate, *_ in tried.values()}
+    return tried[best][3], errors, tried[best][2]

@@ -1,16 +1,23 @@
 """Is it global? How far a refiner has to see.
 
 Attention is masked to keys at most `radius` places away, across or down; parameters, data and steps stay the
-same. With three blocks a position sees at most three times that far. Heads start by looking at a neighbour,
-as in `vsr.RelativeBias`, or anywhere (biases from zero). Stated before it was run:
+same. Heads start by looking at a neighbour, as in `vsr.RelativeBias`, or anywhere (biases from zero).
 
-    for global context      removing far keys costs accuracy: radius 3 or all is clearly better than radius 1
-    against it              radius 1 or 2 does as well as all: then it is a local smoothing
+On the default data, reading tokens and query, with three blocks, so that a position hears of what is at most
+three times the radius away: with radius 1 of 47 % of all pairs of places, with 2 of 94 %, with 3 of all.
+Stated before it was run:
 
-On the default data, reading tokens and query; and, reading the written image alone, on scenes where a far
-place of the written image tells what belongs here (`studies/hues.py`, told): the light object has the hue
-that the dark object's shape tells, and stands at the other side. There far keys must help, if the refiner
-uses the written image as a whole at all.
+    for global context      radius 1 is clearly worse than all
+    against it              radius 1 does as well as all: then it is a local smoothing
+
+(The query's states have read the prompt, so even radius 0 has some context. Radius 2 and 3 only limit how
+much of it comes in one step.)
+
+And with one block, reading the written image alone, on scenes where another place of the written image tells
+what belongs here (`studies/hues.py`, told): the light object has the hue that the dark object's shape tells.
+About 14, 44, 77 and 99 % of its tokens have one of the dark object within 1, 2, 3 and 4 places.
+Stated before it was run: a refiner that uses the written image as a whole gets better with each radius, most
+in colorization of the light object; against that speaks a curve that is flat from radius 1 on.
 """
 
 import functools
@@ -65,12 +72,13 @@ def run(setup: Setup, seed: int, kind: str) -> dict:
     told = {"changes": smaller(setup.config), "make": functools.partial(OneHue, told=True), "label": "told"}
     models = models_of(setup, seed, **(told if kind == "told" else {}))
     rollouts, targets = replay(setup, models, first=10240)
-    reads, refiners = READS if kind == "default" else ("tokens",), {}
+    reads, layers = (READS, setup.config["refiner"].layers) if kind == "default" else (("tokens",), 1)
+    refiners = {}
     for start in STARTS:
         for radius in RADII:
             make = functools.partial(Windowed, radius=radius, start=start)
             name, steps = name_of(radius, start), setup.config["study"].window_steps
-            options = {"make": make, "steps": steps}
+            options = {"make": make, "steps": steps, "layers": layers}
             refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, reads, **options)
     return score_refiners(setup, models, refiners, seed)
 

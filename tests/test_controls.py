@@ -32,7 +32,6 @@ from studies import (
     decoding,
     demos,
     generalize,
-    loss,
     maturity,
     positions,
     probe,
@@ -41,6 +40,7 @@ from studies import (
     runner,
     size,
     speed,
+    stages,
     timing,
     tuning,
     window,
@@ -210,14 +210,14 @@ def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     models = models_with(Backbone())
     rollouts, targets = runner.replay(setup, models, vsr.READS)
     refiner, log, seconds = runner.fit(
-        setup, models, "name", rollouts, targets, 5, ("tokens",), rows, F.mse_loss, loss.Absolute, steps=3
+        setup, models, "name", rollouts, targets, 5, ("tokens",), rows, F.mse_loss, rollout.Scaled, steps=3
     )
     given = fitted["name"]
     check_pairs(given)
     assert numbers_of(given.targets["train"] - TRUE) == torch.arange(48)[rows].tolist()
     assert given.config == replace(setup.config["refiner"], steps=3)
     assert (given.reads, given.seed) == (("tokens",), 5)
-    assert (given.loss_function, given.make) == (F.mse_loss, loss.Absolute)
+    assert (given.loss_function, given.make) == (F.mse_loss, rollout.Scaled)
     assert refiner is given.refiner
     assert log["val_loss"][-1] == 21
     assert 1000 <= seconds < 1010, "with what an earlier attempt took"
@@ -313,12 +313,11 @@ def test_agreement_counts_the_tokens_that_each_gets_right():
 # Studies that train refiners
 
 
-@pytest.mark.parametrize("study", [data_study, size, loss])
+@pytest.mark.parametrize("study", [data_study, size])
 def test_settings_of_a_study_are_what_their_names_say(setup, fitted, scored, monkeypatch, study):
     many = torch.cat([numbered("train")] * 30)[:1300]
     models = models_with(Backbone(), tokens={"train": many, "val": numbered("val")})
-    for module in (runner, loss):
-        give(monkeypatch, models, module)
+    give(monkeypatch, models, runner)
     monkeypatch.setattr(size, "shares_of_generation", lambda *_: {})
     setup.config["refiner"] = replace(setup.config["refiner"], rollouts=1300)
     study.run(setup, 5)
@@ -337,9 +336,6 @@ def test_settings_of_a_study_are_what_their_names_say(setup, fitted, scored, mon
     expected = {
         data_study: {"256 rollouts", "1,024 rollouts", "1,300 rollouts", "10 steps", "20 steps", "40 steps"},
         size: {"1 x 8", "3 x 8", "1 x 16", "3 x 16", "3 x 32"},
-        loss: {
-            "cosine", "squared error", "cross-entropy", "cosine + cross-entropy", "cosine, no residual",
-        },
     }  # fmt: skip
     names = {f"{reading}, {name}" for reading in runner.READINGS for name in expected[study]}
     assert fitted.keys() == names
@@ -383,35 +379,13 @@ def test_shares_of_generation_are_of_the_pass_and_the_generation_they_are_called
         assert torch.allclose(query, written.query, atol=1e-2)
 
 
-def test_losses_of_a_study_are_those_of_their_names(setup, fitted, scored, monkeypatch):
-    for module in (runner, loss):
-        give(monkeypatch, models_with(Backbone()), module)
-    loss.run(setup, 5)
-    target, refined = torch.eye(V)[:2, None].expand(2, N, V), F.normalize(torch.rand(2, N, V), dim=-1)
-    cosine = 1 - (refined * target).sum(-1).mean()
-    right = (refined.log_softmax(-1) * target).sum(-1)
-    expected = {"cosine": cosine, "cosine, no residual": cosine, "cross-entropy": -right.mean()}
-    expected |= {"squared error": (refined - target).square().mean()}
-    expected |= {"cosine + cross-entropy": cosine - 0.1 * right.mean()}
-    makes = {"squared error": loss.Unnormalised, "cosine, no residual": loss.Absolute}
-    makes |= dict.fromkeys(("cross-entropy", "cosine + cross-entropy"), loss.Scaled)
-    for name, given in fitted.items():
-        _, _, name = name.partition(", ")
-        assert given.loss_function(refined, target).item() == pytest.approx(expected[name].item(), rel=1e-4)
-        assert given.make is makes.get(name, vsr.Refiner)
-
-
-def test_the_length_of_a_scaled_refiner_is_trained(setup, scored, monkeypatch):
+def test_the_length_of_a_scaled_refiner_is_trained(setup):
     """It starts at 10."""
-    for module in (runner, loss):
-        give(monkeypatch, models_with(Backbone()), module)
-    monkeypatch.setattr(loss, "READINGS", ("tokens",))
-    setup.config["study"].steps, setup.config["refiner"].batch_size = 2, 8
-    loss.run(setup, 5)
-    lengths = {name: r.log_length.exp() for name, r in scored[0].refiners.items() if hasattr(r, "log_length")}
-    assert len(lengths) == 2
-    for length in lengths.values():
-        assert 1e-4 < abs(length - 10) < 1
+    models = models_with(Backbone())
+    setup.config["refiner"].batch_size = 8
+    known = (setup, models, "x", *runner.replay(setup, models), 5, ("tokens", "query"))
+    refiner, _, _ = runner.fit(*known, make=rollout.Scaled, loss_function=F.mse_loss, steps=2)
+    assert 1e-4 < abs(refiner.log_length.exp() - 10) < 1
 
 
 def test_a_refiner_without_a_task_has_not_seen_it(setup, fitted, scored, monkeypatch):
@@ -447,11 +421,21 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
     assert result["greedy_error_rate"] == pytest.approx(0.25)
     pairs = [(sources, name) for sources in rollout.READINGS for name in rollout.INPUTS]
     names = {f"{evaluate.method_name(sources)}, {name}": (sources, name) for sources, name in pairs}
-    assert fitted.keys() == names.keys()
+    losses = {f"{evaluate.method_name(reads)}, cross-entropy": reads for reads in train_refiner.READINGS}
+    assert fitted.keys() == {*names, *losses}
+    target, refined = torch.eye(V)[:2, None].expand(2, N, V), torch.rand(2, N, V)
+    right = (refined.log_softmax(-1) * target).sum(-1)
+    for method, reads in losses.items():
+        given = fitted[method]
+        assert ("+".join(given.reads), given.make) == (reads, rollout.Scaled)
+        for split, part in given.rollouts.items():
+            assert torch.equal(part.tokens, models.trained.generated[split])
+        assert given.loss_function(refined, target).item() == pytest.approx(-right.mean().item(), rel=1e-4)
     for method, (reads, name) in names.items():
         given = fitted[method]
         assert "+".join(given.reads) == reads
-        assert given.config == setup.config["refiner"]
+        assert (given.config, given.make) == (setup.config["refiner"], vsr.Refiner)
+        assert given.loss_function is vsr.cosine_loss
         for split, part in given.rollouts.items():
             number = torch.tensor(SENTENCES[split])[:, None].expand(-1, N)
             written = models.trained.generated[split]
@@ -466,7 +450,14 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
             else:
                 wrong = part.tokens != number + TRUE
                 assert not torch.equal(part.tokens, written)
-                assert 0.1 < wrong.float().mean() < 0.4
+                if name == "random corruption":
+                    assert 0.1 < wrong.float().mean() < 0.4
+                elif split == "train":  # by what the backbone writes, at any place
+                    assert 0.05 < wrong.float().mean() < 0.35
+                    assert torch.equal(part.tokens[wrong], (number + WRITTEN)[wrong])
+                    assert wrong[:, 1:].any()
+                else:
+                    assert not wrong.any(), "codes of which no one knows what is written for them"
     refiners = {name: given.refiner for name, given in fitted.items()}
     refiners |= {evaluate.method_name(r): stub for r, stub in models.trained.refiners.items()}
     assert scored[0].refiners == refiners
@@ -487,7 +478,7 @@ def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch,
     assert scored[0].refiners == {name: given.refiner for name, given in fitted.items()}
 
 
-def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(setup, fitted, monkeypatch):
+def test_targets_are_the_true_answer_or_the_one_nearest_to_what_was_written(setup, fitted, monkeypatch):
     """Each sentence has six valid answers; the one nearest to what was written is that of its number."""
     written, hues = {}, choice.HUES
     sampled = 100 * hues  # what sampling adds to the number of what is written
@@ -530,7 +521,7 @@ def test_targets_are_the_drawn_answer_or_the_one_nearest_to_what_was_written(set
         for split, rows in SENTENCES.items():
             if split != "test":
                 number = torch.tensor(rows)[:, None].expand(-1, N)
-                truth = number + (TRUE if target == "drawn" else 1000 * (number % hues))
+                truth = number + (TRUE if target == "true hue" else 1000 * (number % hues))
                 assert torch.equal(given.targets[split], truth)
                 second_half = (torch.arange(len(rows)) >= len(rows) // 2)[:, None]
                 assert torch.equal(given.rollouts[split].tokens, number + WRITTEN + sampled * second_half)
@@ -664,6 +655,7 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
 ):
     """Of the temperatures, the second has the fewest wrong tokens on validation sentences."""
     models, pretrainings, asked = models_with(Backbone()), [], []
+    budgets = dict(zip(maturity.TUNED, (11, 5, 6), strict=True))
     give(monkeypatch, models, maturity)
 
     class Fresh:
@@ -688,11 +680,11 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
 
     def tune(setup, kind, models, known, budget, batch_size, seed):
         assert models.trained.backbone.head.weight.item() == 50
-        assert (budget, batch_size, seed) == (11, maturity.BATCH, 5)
+        assert (budget, batch_size, seed) == (budgets[kind], maturity.BATCH, 5)
         tokens, y = known
         assert numbers_of(tokens[:, 0]) == list(range(20)), "as many as the configuration says"
         assert torch.equal(tokens[:, 0] + WRITTEN, y)
-        return Backbone(10.0 * maturity.TUNED.index(kind)), 0.3, 7.0
+        return Backbone(10.0 * maturity.TUNED.index(kind)), {0.3: 0.1}, 7.0
 
     def written(tokens, label, number):
         """On validation sentences as many wrong tokens as belong to a setting, on test ones its label."""
@@ -715,7 +707,9 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
     monkeypatch.setattr(maturity, "tuned_at_best", tune)
     monkeypatch.setattr(maturity, "generate_all", generate)
     monkeypatch.setattr(maturity, "samples_of", sample)
-    monkeypatch.setattr(maturity, "equal_steps", lambda *_: 11)
+    monkeypatch.setattr(maturity, "equal_steps", lambda *_: budgets)
+    monkeypatch.setattr(maturity, "force_all", lambda *a: Rollout(1000 + generate(*a).tokens))
+    monkeypatch.setattr(maturity, "wider_config", lambda *given: given)
     monkeypatch.setattr(maturity, "likeliest", lambda samples, likelihoods: samples)
     monkeypatch.setattr(maturity, "consensus", lambda samples, codebook: samples + 100 * (samples < 100))
     result = maturity.run(setup, 5, steps=steps)
@@ -731,23 +725,38 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
     assert call.models.trained.backbone.head.weight.item() == 50
     assert call.refiners == {name: given.refiner for name, given in fitted.items()}
     labels = {name: y.unique().tolist() for name, y in call.others.items()}
-    if steps <= 2800:
-        wider = configs.pop("wider")
-        assert wider == replace(config, width=wider.width, steps=steps + 11)
-        assert wider.width > config.width
+    if steps == 700:
+        backbone, refiner, total, shape = configs.pop("wider")
+        assert (backbone.head.weight.item(), refiner) == (50, fitted[f"refined_{OURS}"].refiner)
+        assert (total, shape) == (steps + 11, (V, N, IMAGES))
         assert labels.pop("wider backbone") == [60]
+        assert labels.pop(f"wider backbone{OF_FORCED}") == [1060]
     assert not configs, "the longest training has no wider rival"
     rivals = {kind: [10 * number] for number, kind in enumerate(maturity.TUNED)}
+    rivals |= {kind + OF_FORCED: [1000 + label] for kind, (label,) in rivals.items()}
     assert labels == {**rivals, "likeliest of n": [81], "consensus of n": [181]}
-    temperature = decoding.TEMPERATURES[1]
-    chosen = {**dict.fromkeys(maturity.TUNED, 0.3), **dict.fromkeys(maturity.SAMPLED, temperature)}
-    assert result["chosen"] == chosen
+    assert all(result["tried"][kind] == {0.3: 0.1} for kind in maturity.TUNED)
+    for way in maturity.SAMPLED:
+        assert min(result["tried"][way], key=result["tried"][way].get) == decoding.TEMPERATURES[1]
+    assert result["budget"] == budgets
+    errors = {"train": 1.0, "val": 1.0}  # of the rollouts: nothing that it writes is right
+    assert result["rollout_error"] == errors
     assert set(asked) == {(50.0, 3, 5)}
+
+
+def test_a_wider_backbone_is_as_large_as_backbone_and_refiner_and_costs_as_much(setup):
+    backbone, refiner, shape = small_gpt(), nn.Linear(99, 10), (30, N, IMAGES)
+    config = maturity.wider_config(backbone, refiner, 1000, shape)
+    larger, narrower = (vsr.GPT(replace(config, width=config.width - less), *shape) for less in (0, 1))
+    assert runner.count(narrower) < runner.count(backbone) + 1000 <= runner.count(larger)
+    costs = [stages.flops_per_token(model) for model in (backbone, larger)]
+    assert config.steps == round(1000 * costs[0] / costs[1]) < 1000
+    assert config == replace(backbone.config, width=config.width, steps=config.steps)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_positions_are_of_the_models_of_their_scale(setup, scored, monkeypatch, scale):
-    """Twice the side, on no more than elsewhere; LoRA has a quarter of the pretraining's steps."""
+    """Twice the side, on no more than elsewhere; LoRA costs as much as a refiner."""
     models, tuned = models_with(Backbone(), train_refiner.READINGS), []
     models.trained.tokens["train"] = torch.cat([numbered("train")] * 2)  # more than have been written for
     calls = give(monkeypatch, models, positions)
@@ -757,29 +766,38 @@ def test_positions_are_of_the_models_of_their_scale(setup, scored, monkeypatch, 
         assert (kind, given, seed) == (positions.LORA, models, 5)
         assert torch.equal(known[0][:, 0] + WRITTEN, known[1])
         tuned.append((steps, batch_size))
-        return Backbone(70.0), 0.3, 1.0
+        return Backbone(70.0), {0.3: 0.1}, 1.0
 
     def generate(setup, backbone, tokens):
         assert torch.equal(tokens, models.test["tokens"])
         return Rollout(torch.full((12, N), int(backbone.head.weight.item())))
 
+    def equal(setup, given, rollouts, steps, batch_size):
+        assert (rollouts, steps, given) == (48, 7, models)
+        return {positions.LORA: batch_size - 2}
+
     monkeypatch.setattr(positions, "tuned_at_best", tune)
     monkeypatch.setattr(positions, "generate_all", generate)
+    monkeypatch.setattr(positions, "force_all", lambda *a: Rollout(1 + generate(*a).tokens))
+    monkeypatch.setattr(positions, "equal_steps", equal)
     result = positions.run(setup, 5, scale=scale)
     (call,), (of,) = scored, calls
     assert (of.seed, of.readings) == (5, train_refiner.READINGS)
-    assert {name: y.unique().item() for name, y in call.others.items()} == {positions.LORA: 70}
+    others = {name: y.unique().item() for name, y in call.others.items()}
+    assert others == {positions.LORA: 70, positions.LORA + OF_FORCED: 71}
     assert call.refiners == dict(zip(positions.REFINED, models.trained.refiners.values(), strict=True))
-    assert (result["chosen"], result["steps"]) == (0.3, 10)
+    assert result["tried"] == {0.3: 0.1}
     if scale == 1:
         assert (of.label, of.changes, tuned) == ("base", None, [(10, 12)])
+        assert result["steps"] == 10
     else:
         sizes = {"train_sentences": 48, "eval_sentences": 24, "image_size": 32}
         assert of.label != "base"
         assert of.changes["data"] == sizes, "twice 16"
         assert of.changes["gpt"] == {"batch_size": 8}
         assert of.changes["refiner"]["steps"] == 7
-        assert tuned == [(10, 8)]
+        assert tuned == [(6, 8)]
+        assert result["steps"] == 6
 
 
 # Studies that measure
@@ -940,10 +958,10 @@ def test_an_estimate_of_one_seed_has_no_interval():
 
 
 PLAIN = ("vqgan_limit", "teacher_forced", "ar_greedy", "ar_sampled", "expected_embedding")
-RIVALS = (*tuning.TUNED, "wider backbone", *maturity.SAMPLED)  # have no teacher-forced row
+RIVALS = (*tuning.TUNED, "wider backbone", *maturity.SAMPLED)
 METHODS = tuple(dict.fromkeys([*PLAIN, *rollout.METHODS, *RIVALS]))
 METHODS += tuple(f"without {name}" for name in ("none", *TASKS))
-FORCED_METHODS = tuple(method + OF_FORCED for method in METHODS if method not in RIVALS)
+FORCED_METHODS = tuple(method + OF_FORCED for method in METHODS if method not in maturity.SAMPLED)
 SOME = ("expected_embedding", "parallel", "refined_tokens")
 BY_PLACE = "cosine_error_by_position"
 
@@ -1031,16 +1049,20 @@ def test_gaps_and_gains_are_of_their_own_method_task_and_seed():
 
 
 def accumulating(scale: int, more: dict) -> list:
-    """Two cells of 16 places; more: by how much a method is above the teacher-forced error at each."""
-    forced, cells = torch.linspace(0.1, 0.2, 16), []
+    """Two cells of 16 places; more: by how much a method is above its error after the true prefix at each."""
+    cells = []
     for seed in range(2):
-        curves = {"teacher_forced": forced, **{method: forced + part for method, part in more.items()}}
+        curves = {}
+        for number, (method, part) in enumerate(more.items()):
+            forced = torch.linspace(0.1, 0.2 + 0.1 * number, 16)
+            curves["teacher_forced" if method == "ar_greedy" else method + OF_FORCED] = forced
+            curves[method] = forced + part
         scores = {m: {"all": {"cosine_error_by_position": c.tolist()}} for m, c in curves.items()}
         cells.append({"cell": {"seed": seed, "scale": scale}, "scores": scores})
     return cells
 
 
-def test_what_accumulates_is_the_error_beyond_the_teacher_forced_one():
+def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix():
     rising = 0.01 * torch.arange(16)
     more = {"ar_greedy": rising, "refined_tokens": 0 * rising, "parallel": -rising}
     more |= {f"refined_{OURS}": rising * (torch.arange(16) < 10), positions.LORA: 0.5 * rising}
@@ -1168,13 +1190,17 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
     groups = settings_cells("steps", (700, 11200))
     for number, (steps, cells) in enumerate(groups.items()):
         for cell in cells:
-            cell["budget"] = number + 5
+            cell |= {
+                "budget": {"a": number + 5, "b": 3},
+                "rollout_error": {"train": 0.5 + number, "val": 0.25},
+            }
             if steps == 11200:
                 cell["scores"] = {m: s for m, s in cell["scores"].items() if m != "wider backbone"}
     text = maturity.show(mixed(groups))
     for number, (steps, cells) in enumerate(groups.items()):
-        line = f"{steps:,} steps: {report.backbone_line(cells)}; refiners cost {number + 5} steps more\n"
-        assert line in text
+        assert f"{steps:,} steps: {report.backbone_line(cells)}\n" in text
+        errors = rf"error of .* from {0.5 + number:.4f} \(.*\), of validation 0.2500 \("
+        assert re.search(rf"{errors}.*\nsteps of rivals: a {number + 5}, b 3\n", text)
         for method in maturity.METHODS:
             if method != "wider backbone" or steps == 700:
                 row = measures_of(cells, method, "all")
@@ -1203,18 +1229,30 @@ def test_other_tables_name_whose_each_number_is():
         assert row_of(text, name, 2) == [3.0 * i], "the median over the seeds, in percent"
 
 
-def test_what_is_right_alone_is_counted_among_what_greedy_decoding_gets_right_or_wrong():
+def test_what_is_right_is_counted_among_what_greedy_decoding_gets_right_or_wrong():
+    ours = evaluate.method_name(OURS)
     counts = {"colorize": [[[1, 2], [4, 3]], [[5, 6], [9, 10]]]}
     counts |= {"inpaint": [[[0, 1], [1, 0]], [[0, 0], [0, 0]]], "edges": [[[8, 0], [0, 0]], [[0, 4], [6, 0]]]}
-    cells = make_cells(agreement={evaluate.method_name(OURS): counts})
+    even = {t: [[[1, 1], [1, 1]]] * 2 for t in TASKS}
+    methods = (*rollout.REFINED, *rollout.WITH_CROSS_ENTROPY)
+    cells = make_cells(agreement={**dict.fromkeys(methods, even), ours: counts})
     for cell in cells[1:]:
-        cell["agreement"] = {evaluate.method_name(OURS): {t: [[[1, 1], [1, 1]]] * 2 for t in TASKS}}
-    assert rollout.right_alone(cells, False)[0] == pytest.approx((5 / 20, 3 / 20))
-    assert rollout.right_alone(cells, True)[0] == pytest.approx((15 / 40, 10 / 40))
+        cell["agreement"] = dict.fromkeys(methods, even)
+    assert rollout.right_alone(cells[0], False) == pytest.approx((5 / 20, 3 / 20))
+    assert rollout.right_alone(cells[0], True) == pytest.approx((15 / 40, 10 / 40))
+    assert rollout.right_of(cells[0], ours, False) == pytest.approx(8 / 20)
+    assert rollout.right_of(cells[0], ours, True) == pytest.approx(25 / 40)
     text = rollout.show(cells)
-    for name, right, wrong in ((evaluate.method_name(OURS), 15 / 40, 5 / 20), ("parallel", 10 / 40, 3 / 20)):
-        numbers = row_of(text, f"{name} alone gets right")
-        assert (numbers[0], numbers[3]) == pytest.approx(((right + 0.5) / 3, (wrong + 0.5) / 3), abs=6e-4)
+    expected = {
+        f"{ours}: right, and parallel wrong": (15 / 40, 5 / 20, 0.25),
+        f"parallel: right, and {ours} wrong": (10 / 40, 3 / 20, 0.25),
+        f"{ours}: right": (25 / 40, 8 / 20, 0.5),
+        f"{methods[-1]}: right": (0.5, 0.5, 0.5),
+    }
+    for name, (right, wrong, other) in expected.items():
+        numbers = row_of(text, name)
+        means = (right + 2 * other) / 3, (wrong + 2 * other) / 3
+        assert (numbers[0], numbers[3]) == pytest.approx(means, abs=6e-4)
 
 
 def test_rows_of_a_probe_are_of_its_kind_of_mistake_and_its_refiner():
@@ -1440,7 +1478,8 @@ def test_curves_are_of_the_method_in_the_legend(figures):
                     by_place = zip(*(error_of(c, method, group, BY_PLACE) for c in cells), strict=True)
                     expected = torch.tensor([statistics.fmean(values) for values in by_place])
                     if beyond:
-                        forced = [error_of(c, "teacher_forced", group, BY_PLACE) for c in cells]
+                        name = "teacher_forced" if method == "ar_greedy" else method + OF_FORCED
+                        forced = [error_of(c, name, group, BY_PLACE) for c in cells]
                         expected = expected - torch.tensor(forced).mean(0)
                     assert torch.allclose(torch.as_tensor(y).float(), expected, atol=1e-5)
 

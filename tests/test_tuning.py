@@ -1,6 +1,7 @@
 """Tuning: the other ways to spend parameters and steps on a trained backbone."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 import train_refiner
 from studies import tuning
 from studies.runner import Setup, StudyConfig, count
-from vsr import GPT, GPTConfig, RefinerConfig, Rollout
+from studies.stages import flops_per_token
+from vsr import GPT, GPTConfig, Refiner, RefinerConfig, Rollout
 
 V, N, IMAGES = 11, 6, 4
 CODES = 60  # of the backbones that are tuned: a sentence is known by its first token
@@ -186,41 +188,60 @@ def test_tuning_begins_with_the_trained_backbone(setup, models, kind):
 
 
 @pytest.mark.parametrize("kind", tuning.TUNED)
-def test_tuning_is_on_known_sentences_and_its_rate_is_chosen_on_validation_ones(
-    setup, models, monkeypatch, kind
-):
-    monkeypatch.setattr(tuning, "RATES", (1e-6, 1.0))
+def test_tuning_is_on_known_sentences_and_its_rate_is_chosen_on_validation_ones(setup, models, kind):
     models.known = tuple(part[4:] for part in models.known)
     backbone, (tokens, written) = models.trained.backbone, models.known
-    made, rate, seconds = tuning.tuned_at_best(setup, kind, models, models.known, 24, 16, 5)
+    made, tried, seconds = tuning.tuned_at_best(setup, kind, models, models.known, 24, 16, 5)
     assert seconds > 0
     learnt = {row for learns, _, rows in Noting.noted if learns for row in rows}
     assert learnt == set(range(4, 16))
     measured = [row for learns, _, rows in Noting.noted if not learns for row in rows]
-    assert measured == 2 * list(range(16, 56)), "once for each rate"
+    assert measured == len(tried) * list(range(16, 56)), "once for each rate"
     loss_of = tuning.whole_loss if kind == "pretrained further" else tuning.own_prefix_loss
     now, before = (loss_of(setup, model, tokens, written).item() for model in (made, backbone))
-    assert now < before - (0.1 if rate == 1 else 0)
+    assert now < before
 
 
-def test_the_rate_with_the_least_error_on_validation_sentences_has_all_steps(setup, models, monkeypatch):
-    """Of five rates the third leaves the fewest wrong tokens."""
-    wrong, tried, val = {1.0: 4, 0.3: 3, 0.1: 1, 0.03: 2, 0.01: 5}, [], models.trained.tokens["val"]
+@pytest.mark.parametrize("best", [-2, 0, 1, 3])
+def test_rates_are_tried_with_all_steps_until_the_best_is_at_no_edge(setup, models, monkeypatch, best):
+    """The error on validation sentences grows with the distance from the best rate."""
+    tried, val = {}, models.trained.tokens["val"]
 
     def tuned(setup, kind, backbone, steps, rate, batch_of, seed):
         tokens, y = batch_of(torch.Generator().manual_seed(1))
         assert tokens.shape[0] == y.shape[0] == 9
         assert torch.equal((tokens[:, -1] + 7).remainder(CODES), y), "what was written for these"
-        assert (kind, backbone, seed) == (tuning.TUNED[1], models.trained.backbone, 5)
-        tried.append((rate, steps))
-        return rate, steps
+        assert (kind, backbone, steps, seed) == (tuning.TUNED[1], models.trained.backbone, 80, 5)
+        power = round(math.log(rate / tuning.FIRST_RATE, tuning.FACTOR))
+        tried[power] = rate
+        return power
 
-    def generate(setup, model, tokens):
+    def generate(setup, power, tokens):
         assert torch.equal(tokens, val)
-        return Rollout((val[:, -1] + (torch.arange(N) < wrong[model[0]])).remainder(CODES))
+        return Rollout((val[:, -1] + (torch.arange(N) < abs(power - best))).remainder(CODES))
 
     monkeypatch.setattr(tuning, "tuned", tuned)
     monkeypatch.setattr(tuning, "generate_all", generate)
-    model, rate, _ = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
-    assert tried == [(1.0, 10), (0.3, 10), (0.1, 10), (0.03, 10), (0.01, 10), (0.1, 80)]
-    assert (model, rate) == ((0.1, 80), 0.1)
+    model, errors, _ = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
+    assert model == best
+    assert {best - 1, best + 1} <= tried.keys() == set(range(min(-1, best - 1), max(1, best + 1) + 1))
+    assert errors == {rate: pytest.approx(abs(power - best) / N) for power, rate in tried.items()}
+    assert tried[best] == pytest.approx(0.1 * 3**best, rel=1e-4)
+
+
+def test_steps_that_cost_what_a_refiner_does_are_in_proportion_to_its_rollouts_and_training(setup):
+    """Numbers by hand: 1,000 rollouts, a third of a training step each, and the refiner's own steps."""
+    backbone = GPT(GPTConfig(), 128, 64, 4)
+    models = SimpleNamespace(
+        trained=SimpleNamespace(backbone=backbone), grid=(8, 8), codebook=torch.eye(128, 16)
+    )
+    rollouts_alone = tuning.equal_steps(setup, models, 2000, 0, 10).values()
+    assert list(rollouts_alone) == [round(2000 / 3 / 10), 1, 1], "the last two need rollouts as well"
+    config = setup.config["refiner"]
+    refiner = Refiner(config, ("tokens", "query"), (8, 8), 16, 128)
+    attention = 12 * config.layers * config.width * 64
+    cost = 5000 * config.batch_size * 64 * (6 * count(refiner) + attention)
+    step = 10 * 256 * flops_per_token(backbone)
+    steps = tuning.equal_steps(setup, models, 2000, 5000, 10)
+    assert steps["all weights, own rollouts"] == steps["LoRA, own rollouts"] == round(cost / step) > 1
+    assert steps["pretrained further"] == round(cost / step + 2000 / 3 / 10)
