@@ -197,18 +197,20 @@ def new_figure(panels: int, labels: str):
 
 
 def plot_error_by_position(path, scores: dict) -> None:
-    """The paper's Figure 2 on the toy: cosine error by token position, AUC in the legend, by task."""
+    """The paper's Figure 2 on the toy: cosine error by token position, a moving mean of 7, by task.
+
+    AUC, in the legend, is the sum over all positions, for all tasks together.
+    """
     figure, axes = new_figure(4, "token position t (raster order)")
     for axis, name in zip(axes, ("all", *TASKS), strict=True):
         for method, colour in COLOURS.items():
             if method in scores and method != "ar_sampled":
                 error = torch.tensor(scores[method][name]["cosine_error_by_position"])
                 smooth = F.avg_pool1d(F.pad(error[None, None], (3, 3), mode="replicate"), 7, 1)[0, 0]
-                axis.plot(error, color=colour, alpha=0.15, linewidth=0.8)
                 axis.plot(smooth, color=colour, label=f"{method}  AUC {error.sum():.2f}")
         axis.set(title=name, ylim=(0, None))
-        axis.legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
     axes[0].set_ylabel("cosine error")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     runtime.write_whole(path, figure.savefig)
 
 

@@ -193,20 +193,24 @@ def legend(axis) -> None:
 
 
 def plot_stacked(path, cells: list, methods) -> None:
-    """What remains of the greedy error: made on the true prefix too (base), or behind mistakes only."""
+    """What remains of greedy decoding's error: made after true tokens too, or only after own mistakes."""
     rows = {"ar_greedy": "teacher_forced", **{method: method + evaluate.OF_FORCED for method in methods}}
     figure = new_figure(len(GROUPS), 3.6, 0.8 + 0.35 * len(rows))
     for axis, group in zip(figure.axes, GROUPS, strict=True):
-        place, left = list(range(len(rows)))[::-1], [0.0] * len(rows)
+        place = list(range(len(rows)))[::-1]
         base = [statistics.fmean(relative(cells, row, group)) for row in rows.values()]
         total = [statistics.fmean(relative(cells, row, group)) for row in rows]
-        exposure = [a - b for a, b in zip(total, base, strict=True)]
-        for name, values, colour in (("base", base, "#8d99ae"), ("exposure", exposure, "#d1495b")):
-            axis.barh(place, values, left=left, color=colour, height=0.7, label=name)
-            left = base
+        accumulated = [a - b for a, b in zip(total, base, strict=True)]
+        axis.barh(place, base, color="#8d99ae", height=0.7, label="after true tokens too")
+        axis.barh(place, accumulated, left=base, color="#d1495b", height=0.7, label="accumulated")
+        for y, row in zip(place, rows, strict=True):
+            seeds = relative(cells, row, group)
+            axis.plot(seeds, [y] * len(seeds), ".", color="#222222", markersize=3)
         axis.set_yticks(place, rows if axis is figure.axes[0] else [""] * len(rows), fontsize=8)
         axis.set(title=group, xlabel="share of greedy decoding's error", xlim=(0, None))
-    legend(figure.axes[-1])
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
+    )
     save(figure, path)
 
 
