@@ -131,7 +131,7 @@ plt.show()
 #
 # [`exposure_removed` in `evaluate.py`](../../evaluate.py) calls
 # [`exposure_removed` in `vsr.py`](../../vsr.py) for each method; the README's table has it. Base error
-# removed is in the last part of [notebook 4](../04_evidence.ipynb).
+# removed is in section 3 of [notebook 4](../04_evidence.ipynb).
 #
 # **Go further.** When is exposure removed above 1? Write $F - F'$ as a sum of two terms, one with each
 # measure. Which of the two would you report for a refiner if you could report one only, and what could it

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11. A LoRA layer
 #
-# **35 minutes. You need:** `nn.Module`. **You learn:** the control that a refiner has to beat.
+# **35 minutes. You need:** `nn.Module`. **You learn:** a rival of the refiner.
 #
 # Is a refiner needed, or would a little fine-tuning of the backbone do as well? To ask that fairly the
 # backbone is tuned with few new parameters. LoRA leaves the weight $W$ of a linear layer frozen and learns a

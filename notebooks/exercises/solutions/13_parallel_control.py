@@ -177,7 +177,7 @@ plt.show()
 #   below that of the backbone? Then that much of any refiner's gain can be had without repair.
 # - What the written image adds is the difference between `tokens+query` and `query`, column by column. It
 #   need not have the same sign in each.
-# - `tokens` can do nothing but repair. How far does it get in a minute?
+# - `tokens` sees nothing but what was written. How far does it get in a minute?
 #
 # One seed is one seed. Put your row of numbers on the board beside those of the others: which differences
 # have the same sign for all of you?
