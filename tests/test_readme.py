@@ -143,8 +143,8 @@ def test_the_example_for_ones_own_backbone_runs():
     tokens, true_tokens = torch.randint(50, (2, 2, 256))
     space = {"codebook": codebook, "my_rollouts": [(tokens, torch.randn(2, 256, 4096), true_tokens)]}
     exec(code, space)
-    assert space["refined_tokens"].shape == (2, 256)
-    assert space["refined_embeddings"].shape == (2, 256, 8)
+    assert space["new_tokens"].shape == (2, 256)
+    assert space["new_embeddings"].shape == (2, 256, 8)
 
 
 if __name__ == "__main__":
