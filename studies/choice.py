@@ -23,8 +23,8 @@ true hue` is further from a valid answer than what was written.
 """
 
 import base64
-import functools
 import io
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ import vqgan
 import vsr
 from studies import report
 from studies.hues import HUES, OneHue, even_palette, smaller
-from studies.runner import Setup, fit, generate_all, models_of, refine_all, replay
+from studies.runner import SeedModels, Setup, fit, generate_all, models_of, refine_all, replay
 
 MINUTES = 28
 SETTINGS = [{}]
@@ -119,11 +119,22 @@ def score(setup: Setup, models, written: dict, valid: dict, objects: torch.Tenso
     return result
 
 
-def run(setup: Setup, seed: int) -> dict:
-    make = functools.partial(OneHue, told=False)
-    models = models_of(setup, seed, label="choice", changes=smaller(setup.config), make=make)
+class Choice(NamedTuple):
+    """A seed's models, what they wrote, half of it greedy and half sampled, and the valid answers."""
+
+    models: SeedModels
+    sentences: OneHue
+    rollouts: dict  # {"train", "val": Rollout}
+    targets: dict  # {target: {"train", "val": (S, N)}}
+    tests: dict  # {"greedy", "sampled": Rollout} of the test sentences
+    valid: dict  # of these: {"tokens": (S, HUES, N), "images": (S, HUES, 3, H, W)}
+    objects: torch.Tensor  # (S, 2, H, W) bool
+
+
+def prepare(setup: Setup, seed: int) -> Choice:
+    models = models_of(setup, seed, label="choice", changes=smaller(setup.config), make=OneHue)
     tokenizer, backbone, codebook = models.trained.tokenizer, models.trained.backbone, models.codebook.cpu()
-    sentences = make(setup.config["data"], seed)
+    sentences = OneHue(setup.config["data"], seed)
 
     def valid_answers(split: str, total: int) -> torch.Tensor:
         parts = sentences.valid(split, total).split(256)
@@ -131,7 +142,6 @@ def run(setup: Setup, seed: int) -> dict:
             found = [tokenizer.encode(part.flatten(0, 1).to(setup.device)) for part in parts]
         return torch.cat(found).view(total, HUES, -1).cpu().short()  # (S, HUES, N)
 
-    # Half of the training rollouts are greedy, half are sampled, and so are those of the test
     rollouts, truth = replay(setup, models, ("query",))
     targets = {TARGETS[0]: truth, TARGETS[1]: {}}
     for split, tokens in models.trained.tokens.items():
@@ -141,11 +151,18 @@ def run(setup: Setup, seed: int) -> dict:
         rollouts[split] = rollouts[split]._replace(tokens=y)
         targets[TARGETS[1]][split] = valid[torch.arange(len(y)), nearest_valid(y, valid, codebook)]
 
-    total, tests, written = len(models.test["tokens"]), {}, {}
+    total, tests = len(models.test["tokens"]), {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         generator = torch.Generator().manual_seed(seed)
         tests[name] = generate_all(setup, backbone, models.test["tokens"], temperature, generator)
-        written[name] = tests[name].tokens
+    valid = {"tokens": valid_answers("test", total), "images": sentences.valid("test", total)}
+    return Choice(models, sentences, rollouts, targets, tests, valid, sentences.objects("test", total))
+
+
+def run(setup: Setup, seed: int) -> dict:
+    models, sentences, rollouts, targets, tests, valid, objects = prepare(setup, seed)
+    tokenizer, codebook = models.trained.tokenizer, models.codebook.cpu()
+    written = {name: rollout.tokens for name, rollout in tests.items()}
     for method, reads in READINGS.items():
         for target in TARGETS:
             name, steps = f"{method}, {target}", setup.config["study"].steps
@@ -153,8 +170,6 @@ def run(setup: Setup, seed: int) -> dict:
             for of, rollout in tests.items():
                 written[f"{name}, of {of}"] = refine_all(setup, models, refiner, rollout)
     written["truth"] = models.test["tokens"][:, -1]  # what the tokenizer leaves of it
-    valid = {"tokens": valid_answers("test", total), "images": sentences.valid("test", total)}
-    objects = sentences.objects("test", total)
     result = {"scores": score(setup, models, written, valid, objects)}
     if seed == 0:
         # The first four samples that are coherent, and the first four that are not
@@ -163,7 +178,7 @@ def run(setup: Setup, seed: int) -> dict:
         rows = torch.cat([(coherent == wanted).nonzero().flatten()[:4] for wanted in (True, False)])
         chosen = nearest_valid(written["sampled"][rows], valid["tokens"][rows], codebook)
         shown = [evaluate.decode_images(tokenizer, written[name][rows], setup.autocast) for name in SHOWN]
-        query = data.joined(sentences.batches("test", total))[0][rows, -2]
+        query = data.joined(sentences.batches("test", len(coherent)))[0][rows, -2]
         columns = torch.stack([query, *shown, valid["images"][rows, chosen]])  # (columns, rows, 3, S, S)
         result["samples"] = png_text(columns.permute(2, 1, 3, 0, 4).flatten(3).flatten(1, 2))
     return result

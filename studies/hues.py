@@ -1,12 +1,9 @@
 """Scenes with one hue, for the studies in which the written image itself says something.
 
-Both objects of a scene have one hue, the first a dark shade of it and the second a light one. All hues have
-the same grey, so the grey image does not tell which it is. There are two kinds of scenes:
-
-    told    the dark object's shape tells the hue, as in the default data; the light object only shares it,
-            and stands apart. One who reads the written image alone has to look there.
-    free    the hue is drawn anew for each scene: nothing tells it, and every hue is a valid answer, as long
-            as both objects have it.
+Both objects of a scene have one hue, the first a dark shade of it and the second a light one; they stand as
+far apart as the picture allows. The hue is drawn anew for each scene. All hues have the same grey, so nothing
+in the prompt tells it: every hue is a valid answer, as long as both objects have it. One who reads what was
+written has to look at one object to know the hue of the other.
 
 The only task is colorization.
 """
@@ -52,24 +49,18 @@ def even_palette() -> torch.Tensor:
 class OneHue(data.Sentences):
     """Visual sentences of such scenes; what does not depend on the hue is split by the first hue's pixels."""
 
-    def __init__(self, config: data.DataConfig, seed: int, told: bool):
-        super().__init__(config, seed)
-        self.told = told
-        self.fingerprint = f"one hue, {'told' if told else 'free'}"
-
     def layers(self, split: str, index: int, n: int):
         """Unpainted scenes of n sentences, and the hue of each: `data.Layers` of n(K+1), (n(K+1),) long."""
         generator = self.generator(split, index)
         total, parts = n * (self.config.num_demos + 1), []
         while sum(len(part.background) for part in parts) < total:
-            layers = data.draw_layers(self.masks, total, generator, apart=4 if self.told else 2)
+            layers = data.draw_layers(self.masks, total, generator, apart=4)
             right = data.split_of(self.paint(layers, torch.zeros(total, dtype=torch.long)))
             rows = (right == data.SPLITS.index(split)).nonzero().flatten()
             parts.append(data.Layers(layers.background[rows], *(part[:, rows] for part in layers[1:])))
         first, *others = zip(*parts, strict=True)
         layers = data.Layers(torch.cat(first)[:total], *(torch.cat(x, dim=1)[:, :total] for x in others))
-        drawn = torch.randint(HUES, (total,), generator=generator)
-        return layers, layers.kind[0] if self.told else drawn
+        return layers, torch.randint(HUES, (total,), generator=generator)
 
     def paint(self, layers: data.Layers, hue: torch.Tensor) -> torch.Tensor:
         """Scenes (n, 3, S, S) in hues (n,): the first object dark, the second light."""

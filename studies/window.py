@@ -13,11 +13,11 @@ Stated before it was run:
 (The query's states have read the prompt, so even radius 0 has some context. Radius 2 and 3 only limit how
 much of it comes in one step.)
 
-And with one block, reading the written image alone, on scenes where another place of the written image tells
-what belongs here (`studies/hues.py`, told): the light object has the hue that the dark object's shape tells.
-About 14, 44, 77 and 99 % of its tokens have one of the dark object within 1, 2, 3 and 4 places.
-Stated before it was run: a refiner that uses the written image as a whole gets better with each radius, most
-in colorization of the light object; against that speaks a curve that is flat from radius 1 on.
+And with one block, reading the written image alone, where the hue of one object is told by the other, at some
+distance, and by nothing else (`studies/choice.py`, what was sampled, towards the nearest valid answer). About
+14, 44, 77 and 99 % of an object's tokens have one of the other object within 1, 2, 3 and 4 places. Stated
+before it was run: a refiner that uses the written image as a whole makes more images coherent the farther it
+sees; against that speaks a curve that is flat from radius 1 on.
 """
 
 import functools
@@ -25,12 +25,11 @@ import functools
 import torch
 
 import vsr
-from studies import report
-from studies.hues import OneHue, smaller
-from studies.runner import READS, Setup, fit, models_of, replay, score_refiners
+from studies import choice, report
+from studies.runner import READS, Setup, fit, models_of, refine_all, replay, score_refiners
 
 MINUTES = 50
-KINDS = ("default", "told")
+KINDS = ("default", "choice")
 SETTINGS = [{"kind": kind} for kind in KINDS]
 RADII = (0, 1, 2, 3, None)  # None: all
 STARTS = ("neighbours", "anywhere")
@@ -68,28 +67,37 @@ def name_of(radius: int | None, start: str) -> str:
     return f"{'all' if radius is None else f'radius {radius}'}, from {start}"
 
 
+NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
+
+
 def run(setup: Setup, seed: int, kind: str) -> dict:
-    told = {"changes": smaller(setup.config), "make": functools.partial(OneHue, told=True), "label": "told"}
-    models = models_of(setup, seed, **(told if kind == "told" else {}))
-    rollouts, targets = replay(setup, models, first=10240)
-    reads, layers = (READS, setup.config["refiner"].layers) if kind == "default" else (("tokens",), 1)
-    refiners = {}
+    if kind == "default":
+        models, options = models_of(setup, seed), {"reads": READS}
+        rollouts, targets = replay(setup, models, first=10240)
+    else:
+        models, _, rollouts, targets, tests, valid, objects = choice.prepare(setup, seed)
+        targets, options = targets[choice.TARGETS[1]], {"reads": ("tokens",), "layers": 1}
+    options["steps"], refiners = setup.config["study"].window_steps, {}
     for start in STARTS:
         for radius in RADII:
-            make = functools.partial(Windowed, radius=radius, start=start)
-            name, steps = name_of(radius, start), setup.config["study"].window_steps
-            options = {"make": make, "steps": steps, "layers": layers}
-            refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, reads, **options)
-    return score_refiners(setup, models, refiners, seed)
-
-
-NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
+            make, name = functools.partial(Windowed, radius=radius, start=start), name_of(radius, start)
+            refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, make=make, **options)
+    if kind == "default":
+        return score_refiners(setup, models, refiners, seed)
+    written = {
+        name: refine_all(setup, models, refiner, tests["sampled"]) for name, refiner in refiners.items()
+    }
+    written = {
+        "sampled": tests["sampled"].tokens,
+        **{f"{name}, of sampled": y for name, y in written.items()},
+    }
+    return {"scores": choice.score(setup, models, written, valid, objects)}
 
 
 def show(cells: list) -> str:
     lines = []
     for kind, group in report.by_setting(cells, "kind").items():
-        table = report.measures_table(group, NAMES, ("all",) if kind == "default" else ("colorize",))
+        table = report.measures_table(group, NAMES) if kind == "default" else choice.show(group)
         lines += [f"{kind} data", table, ""]
     return "\n".join(lines[:-1])
 
@@ -98,11 +106,18 @@ def plot(path, cells: list) -> None:
     groups = report.by_setting(cells, "kind")
     figure = report.new_figure(2 * len(groups), 3.4)
     for i, (kind, group) in enumerate(groups.items()):
-        task = "all" if kind == "default" else "colorize"
-        for axis, measure in zip(figure.axes[2 * i :], ("gap closed", "tokens right, gained"), strict=False):
+
+        def values_of(measure: str, name: str, kind=kind, group=group) -> list:
+            if kind == "default":
+                return report.MEASURES[measure](group, name, "all")
+            return [cell["scores"][f"{name}, of sampled"][measure] for cell in group]
+
+        measures = (
+            ("gap closed", "tokens right, gained") if kind == "default" else ("coherent", "tokens right")
+        )
+        for axis, measure in zip(figure.axes[2 * i :], measures, strict=False):
             for start, colour in zip(STARTS, ("#1d4e9e", "#edae49"), strict=True):
-                names = [name_of(radius, start) for radius in RADII]
-                values = [report.MEASURES[measure](group, name, task) for name in names]
+                values = [values_of(measure, name_of(radius, start)) for radius in RADII]
                 report.curve(axis, list(range(len(RADII))), values, color=colour, label=f"from {start}")
             axis.set_xticks(range(len(RADII)), ["all" if r is None else r for r in RADII])
             axis.set(title=f"{kind} data", xlabel="radius of the window", ylabel=measure)

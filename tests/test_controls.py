@@ -465,17 +465,30 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
 
 @pytest.mark.parametrize("kind", window.KINDS)
 def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch, kind):
-    calls = give(monkeypatch, models_with(Backbone()), window)
+    models, written, tests = models_with(Backbone()), {}, {"sampled": Rollout(torch.arange(3))}
+    calls = give(monkeypatch, models, window)
+    rollouts, truth = runner.replay(setup, models, vsr.READS)
+    targets = {"true hue": {}, "nearest valid": truth}
+    prepared = choice.Choice(models, None, rollouts, targets, tests, {}, None)
+    monkeypatch.setattr(choice, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(choice, "score", lambda s, m, given, valid, objects: written.update(given))
+    monkeypatch.setattr(window, "refine_all", lambda setup, models, refiner, rollout: (refiner.name, rollout))
     window.run(setup, 5, kind)
-    assert (calls[0].seed, calls[0].label) == (5, {"default": "base", "told": "told"}[kind])
     assert list(fitted) == window.NAMES
+    layers = setup.config["refiner"].layers if kind == "default" else 1
     for name, given in fitted.items():
         check_pairs(given)
         radius, start = re.fullmatch(r"(?:radius (\d)|all), from (\w+)", name).groups()
         assert given.make.keywords == {"radius": radius and int(radius), "start": start}
-        assert given.config == replace(setup.config["refiner"], steps=setup.config["study"].window_steps)
+        changes = {"steps": setup.config["study"].window_steps, "layers": layers}
+        assert given.config == replace(setup.config["refiner"], **changes)
         assert given.reads == (("tokens", "query") if kind == "default" else ("tokens",))
-    assert scored[0].refiners == {name: given.refiner for name, given in fitted.items()}
+    if kind == "default":
+        assert [(call.seed, call.label) for call in calls] == [(5, "base")]
+        assert scored[0].refiners == {name: given.refiner for name, given in fitted.items()}
+    else:
+        assert written.pop("sampled") is tests["sampled"].tokens
+        assert written == {f"{name}, of sampled": (name, tests["sampled"]) for name in window.NAMES}
 
 
 def test_targets_are_the_true_answer_or_the_one_nearest_to_what_was_written(setup, fitted, monkeypatch):
@@ -484,8 +497,8 @@ def test_targets_are_the_true_answer_or_the_one_nearest_to_what_was_written(setu
     sampled = 100 * hues  # what sampling adds to the number of what is written
 
     class Scenes:
-        def __init__(self, config, seed, told):
-            assert (seed, told) == (5, False)
+        def __init__(self, config, seed):
+            assert seed == 5
 
         def valid(self, split, total):
             number = torch.tensor(SENTENCES[split])[:total, None] + 1000 * torch.arange(hues)
