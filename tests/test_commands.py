@@ -436,6 +436,14 @@ def test_before_the_long_part_a_folder_is_told_what_its_tokenizer_reaches(folder
     assert str(folder_run.out / "reconstructions.png") in line
 
 
+def test_one_is_told_when_the_backbone_learns_its_pictures_by_heart(folder_run, command, monkeypatch):
+    assert "by heart" not in folder_run.printed
+    monkeypatch.setattr(train_refiner, "turned_at", lambda log: 37 if "val_target_loss" in log else None)
+    result = command(train_refiner, *folder_run.flags)
+    assert result.status == 0, result.err
+    assert "since step 37" in result.out and "--gpt-steps 37 --fresh backbone" in result.out
+
+
 def test_a_folder_is_known_by_its_pictures_and_not_by_its_path(
     folder_run, command, no_pictures, tmp_path, monkeypatch
 ):

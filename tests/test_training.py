@@ -172,6 +172,15 @@ def test_the_backbones_validation_is_of_128_held_out_sentences(written):
     assert log["val_target_accuracy"][-1] == pytest.approx(right, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [([3, 2, 1], None), ([3, 1, 1.04], None), ([3, 1, 1.06], 40), ([1, 2, 3], 0), ([2], None)],
+)
+def test_a_validation_loss_that_rises_is_seen_and_from_where(losses, step):
+    log = {"val_step": [0, 40, 80][: len(losses)], "val_target_loss": losses}
+    assert train_refiner.turned_at(log) == step
+
+
 def test_the_backbone_learns_all_tokens_of_a_sentence(written):
     first = written.calls[0]
     loss = F.cross_entropy(first.logits.flatten(0, 1), first.tokens.flatten())
