@@ -226,6 +226,7 @@ def plot(path, cells: list) -> None:
     pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
     size = pixels.shape[1] // 8
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
-    titles = ["query", *(name.removesuffix(", of sampled") for name in SHOWN), "nearest valid"]
+    names = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
+    titles = ["query", *names, "nearest valid"]
     labels = [name if i == 1 else "" for name in ("coherent", "incoherent") for i in range(4)]
     data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, labels, titles)
