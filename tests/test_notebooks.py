@@ -112,8 +112,8 @@ def test_runs(path):
 
 
 def tidy(notebook) -> None:
-    """Join pieces of printed text, put pictures into palettes of 256 colours if that is smaller."""
-    from PIL import Image
+    """Join pieces of printed text, put pictures into palettes of 256 colours if that changes little."""
+    from PIL import Image, ImageChops
 
     for cell in [cell for cell in notebook.cells if cell.cell_type == "code"]:
         joined = []
@@ -125,8 +125,12 @@ def tidy(notebook) -> None:
             if "image/png" in output.get("data", {}):
                 whole, small = base64.b64decode(output.data["image/png"]), io.BytesIO()
                 picture = Image.open(io.BytesIO(whole)).convert("RGB")
-                picture.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-                output.data = {"image/png": base64.b64encode(min(whole, small.getvalue(), key=len)).decode()}
+                few = picture.quantize(256, dither=Image.Dither.NONE)
+                few.save(small, "PNG", optimize=True)
+                changes = ImageChops.difference(picture, few.convert("RGB")).getextrema()
+                if max(most for _, most in changes) < 96 and len(small.getvalue()) < len(whole):
+                    whole = small.getvalue()
+                output.data = {"image/png": base64.b64encode(whole).decode()}
                 output.metadata = {}
         cell.outputs, cell.metadata = joined, {}
     python = {"name": "python3", "display_name": "Python 3", "language": "python"}
