@@ -1,7 +1,7 @@
 """When is the written image needed? When the prompt leaves a choice.
 
 With one truth, the best answer is a function of the prompt, and nobody needs to know what was written. Here
-nothing tells the hue of a scene (`studies/hues.py`, free), but both objects have the same one: six answers
+nothing tells the hue of a scene (`studies/hues.py`), but both objects have the same one: six answers
 are valid, and the backbone chooses one while it writes. Every image is compared with the valid answer nearest
 to it. Stated before it was run:
 

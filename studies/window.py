@@ -84,13 +84,9 @@ def run(setup: Setup, seed: int, kind: str) -> dict:
             refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, make=make, **options)
     if kind == "default":
         return score_refiners(setup, models, refiners, seed)
-    written = {
-        name: refine_all(setup, models, refiner, tests["sampled"]) for name, refiner in refiners.items()
-    }
-    written = {
-        "sampled": tests["sampled"].tokens,
-        **{f"{name}, of sampled": y for name, y in written.items()},
-    }
+    written = {"sampled": tests["sampled"].tokens}
+    for name, refiner in refiners.items():
+        written[f"{name}, of sampled"] = refine_all(setup, models, refiner, tests["sampled"])
     return {"scores": choice.score(setup, models, written, valid, objects)}
 
 
@@ -112,10 +108,8 @@ def plot(path, cells: list) -> None:
                 return report.MEASURES[measure](group, name, "all")
             return [cell["scores"][f"{name}, of sampled"][measure] for cell in group]
 
-        measures = (
-            ("gap closed", "tokens right, gained") if kind == "default" else ("coherent", "tokens right")
-        )
-        for axis, measure in zip(figure.axes[2 * i :], measures, strict=False):
+        measures = {"default": ("gap closed", "tokens right, gained"), "choice": ("coherent", "tokens right")}
+        for axis, measure in zip(figure.axes[2 * i :], measures[kind], strict=False):
             for start, colour in zip(STARTS, ("#1d4e9e", "#edae49"), strict=True):
                 values = [values_of(measure, name_of(radius, start)) for radius in RADII]
                 report.curve(axis, list(range(len(RADII))), values, color=colour, label=f"from {start}")
