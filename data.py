@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import textwrap
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def load_image(path, size: int) -> torch.Tensor:
     Raises UserError, naming the file, if it cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(record=True), Image.open(path) as image:  # what cannot be read, raises
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
             turn = None

@@ -475,13 +475,13 @@ def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch,
     monkeypatch.setattr(window, "refine_all", lambda setup, models, refiner, rollout: (refiner.name, rollout))
     window.run(setup, 5, kind)
     assert list(fitted) == window.NAMES
-    layers = setup.config["refiner"].layers if kind == "default" else 1
+    study = setup.config["study"]
+    steps = study.window_steps if kind == "default" else study.steps
     for name, given in fitted.items():
         check_pairs(given)
         radius, start = re.fullmatch(r"(?:radius (\d)|all), from (\w+)", name).groups()
         assert given.make.keywords == {"radius": radius and int(radius), "start": start}
-        changes = {"steps": setup.config["study"].window_steps, "layers": layers}
-        assert given.config == replace(setup.config["refiner"], **changes)
+        assert given.config == replace(setup.config["refiner"], steps=steps)
         assert given.reads == (("tokens", "query") if kind == "default" else ("tokens",))
     if kind == "default":
         assert [(call.seed, call.label) for call in calls] == [(5, "base")]

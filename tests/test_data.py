@@ -438,6 +438,16 @@ def test_large_photographs_are_read_at_the_size_that_is_needed(tmp_path, monkeyp
     assert (data.load_image(tmp_path / "large.jpg", 16) - small).abs().max() < 0.05
 
 
+def test_of_many_pixels_only_too_many_are_spoken_of(tmp_path, monkeypatch, recwarn):
+    Image.linear_gradient("L").resize((40, 30)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert data.load_image(tmp_path / "x.png", 16).shape == (3, 16, 16)
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UserError, match=r"x\.png: .*exceeds limit"):
+        data.load_image(tmp_path / "x.png", 16)
+
+
 @pytest.mark.parametrize("files", [None, 0, 3])
 def test_a_missing_empty_or_too_small_folder_is_an_error(tmp_path, files):
     folder = tmp_path / "photos"
