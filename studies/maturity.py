@@ -13,6 +13,7 @@ counted, not the search for it. Stated before it was run:
                         well: then it repairs undertraining
 """
 
+import statistics
 import time
 from dataclasses import asdict, replace
 
@@ -62,11 +63,12 @@ class Fresh:
 
 
 def pretrained(setup: Setup, name: str, config, fresh: Fresh, val: torch.Tensor, V: int, seed: int):
-    """A backbone after `config.steps` steps on fresh sentences -> (frozen backbone, log)."""
+    """A backbone after `config.steps` steps on fresh sentences -> (frozen backbone, log, seconds)."""
     run = (setup.device, setup.dtype, seed)
     made_with = {"gpt": asdict(config), "tokenizer": runtime.fingerprint(fresh.tokenizer.state_dict())}
-    progress = setup.progress(name, made_with)
-    return train_refiner.train_backbone(config, fresh, val, V, *run, progress=progress)
+    progress, began = setup.progress(name, made_with), time.perf_counter()
+    backbone, log = train_refiner.train_backbone(config, fresh, val, V, *run, progress=progress)
+    return backbone, log, log["earlier_seconds"] + time.perf_counter() - began
 
 
 def wider_config(backbone: GPT, refiner, steps: int, shape: tuple):
@@ -89,31 +91,30 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     sentences, V = data.Sentences(setup.config["data"], seed), len(base.codebook)
     config = replace(setup.config["gpt"], steps=steps, batch_size=BATCH)
     val, codebook = base.trained.tokens["val"], base.codebook.cpu()
-    began = time.perf_counter()
-    backbone, log = pretrained(setup, "pretraining", config, Fresh(setup, base, sentences), val, V, seed)
-    seconds["pretraining"] = time.perf_counter() - began
+    known = (Fresh(setup, base, sentences), val, V, seed)
+    backbone, log, seconds["pretraining"] = pretrained(setup, "pretraining", config, *known)
     models = base._replace(trained=base.trained._replace(backbone=backbone))
 
     # Rollouts on sentences that it has not seen, and the refiners
-    further, total = Fresh(setup, base, sentences, first=2**50), setup.config["study"].rollouts
+    study, further = setup.config["study"], Fresh(setup, base, sentences, first=2**50)
+    total = study.rollouts
     parts = [further[torch.arange(64 * i, 64 * i + 64)] for i in range(-(-total // 64))]
-    tokens = {"train": torch.cat(parts)[:total].short(), "val": val}
+    tokens = {"train": torch.cat(parts)[:total].to(val.dtype), "val": val}
     began, rollouts, targets = time.perf_counter(), {}, {}
-    for split, known in tokens.items():
-        rollout = generate_all(setup, backbone, known)
+    for split, part in tokens.items():
+        rollout = generate_all(setup, backbone, part)
         rollouts[split] = Rollout(rollout.tokens, None, rollout.query.bfloat16())
-        targets[split] = known[:, -1]
-    refiners = {}
+        targets[split] = part[:, -1]
+    refiners, seconds["rollouts"] = {}, time.perf_counter() - began
     for method, reads in READINGS.items():
-        options = {"steps": setup.config["study"].steps}
-        refiners[method], _, _ = fit(setup, models, method, rollouts, targets, seed, reads, **options)
-    seconds["refiners"] = time.perf_counter() - began
+        known = (rollouts, targets, seed, reads)
+        refiners[method], _, seconds[method] = fit(setup, models, method, *known, steps=study.steps)
 
     def error_of(y: torch.Tensor, split: str = "val") -> float:
         return vsr.cosine_error(y.long(), targets[split].long(), codebook).mean().item()
 
     # The rivals, each at the rate or temperature with the least error on validation sentences
-    test, others, study = base.test["tokens"], {}, setup.config["study"]
+    test, others = base.test["tokens"], {}
     tried = {name: {} for name in (*TUNED, *SAMPLED)}  # {rate or temperature: error}
     budget = equal_steps(setup, models, study.rollouts, study.steps, BATCH)
     prefixes = (tokens["train"], rollouts["train"].tokens)
@@ -128,11 +129,11 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
         use(kind, model)
 
     if steps <= WIDER_UP_TO:
-        began, shape = time.perf_counter(), (V, *val.shape[:0:-1])
+        shape = (V, *val.shape[:0:-1])
         config = wider_config(backbone, refiners[method_name(OURS)], steps + budget[TUNED[0]], shape)
-        model, _ = pretrained(setup, "wider", config, Fresh(setup, base, sentences), val, V, seed)
+        known = (Fresh(setup, base, sentences), val, V, seed)
+        model, _, seconds["wider backbone"] = pretrained(setup, "wider", config, *known)
         use("wider backbone", model)
-        seconds["wider backbone"] = time.perf_counter() - began
 
     for temperature in TEMPERATURES:
         for way, y in of_samples(setup, backbone, val, study.samples, temperature, seed, codebook).items():
@@ -148,6 +149,11 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     return {**result, "val_loss": dict(zip(log["val_step"], log["val_loss"], strict=True))}
 
 
+def middle_seconds(cells: list) -> dict:
+    """{stage: its median over seeds}."""
+    return {name: statistics.median(cell["seconds"][name] for cell in cells) for name in cells[0]["seconds"]}
+
+
 def show(cells: list) -> str:
     lines = []
     for steps, group in report.by_setting(cells, "steps").items():
@@ -157,6 +163,7 @@ def show(cells: list) -> str:
             f"{steps:,} steps: {report.backbone_line(group)}",
             f"error of rollouts that refiners learn from {own[0]}, of validation {own[1]}",
             "steps of rivals: " + ", ".join(f"{kind} {n}" for kind, n in group[0]["budget"].items()),
+            "seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in middle_seconds(group).items()),
             report.measures_table(group, methods),
             "",
         ]

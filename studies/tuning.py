@@ -75,9 +75,10 @@ def own_prefix_loss(setup: Setup, backbone: GPT, tokens: torch.Tensor, written: 
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -1].flatten())
 
 
-def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch_of, seed: int) -> GPT:
-    """A copy of the backbone that was tuned for some steps of one cycle."""
+def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch_of, seed: int):
+    """Tune a copy of the backbone for some steps of one cycle -> (backbone, seconds)."""
     torch.manual_seed(seed)
+    log, began = {}, time.perf_counter()
     backbone, peak = copy.deepcopy(backbone).requires_grad_(True), setup.config["gpt"].learning_rate * rate
     if kind.startswith("LoRA"):
         adapters = add_lora(backbone, setup.config["study"].lora_rank)
@@ -90,19 +91,20 @@ def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch
     parts |= {f"optimizer {number}": optimizer for number, optimizer in enumerate(optimizers)}
     made_with = {"steps": steps, "rate": rate, "backbone": runtime.fingerprint(backbone.state_dict())}
     progress = setup.progress(name, made_with)
-    for step in runtime.training_steps(name, steps, {}, parts, progress):
+    for step in runtime.training_steps(name, steps, log, parts, progress):
         loss = loss_of(setup, backbone.train(), *batch_of(generator))
         train_refiner.optimizer_step(
             loss, backbone, optimizers, train_refiner.scheduled_rate(step, steps, peak)
         )
     merge_lora(backbone)
-    return backbone.eval()
+    return backbone.eval(), log["earlier_seconds"] + time.perf_counter() - began
 
 
 def equal_steps(setup: Setup, models: SeedModels, rollouts: int, steps: int, batch_size: int) -> dict:
     """{kind: steps of `tuned`} that take as many operations as a refiner's rollouts and training.
 
-    Those that learn from rollouts have to make them, too.
+    Those that learn from rollouts have to make them, too: one for each sentence of a batch, a third of a
+    training step, until all are there.
     """
     config, backbone = setup.config["refiner"], models.trained.backbone
     N, sizes = backbone.tokens_per_image, (models.grid, models.codebook.shape[1], backbone.config.width)
@@ -110,7 +112,8 @@ def equal_steps(setup: Setup, models: SeedModels, rollouts: int, steps: int, bat
     generation = rollouts * of_backbone / 3  # forward alone, each token once
     of_refiner = 6 * count(vsr.Refiner(config, READS, *sizes)) + 12 * config.layers * config.width * N
     training = steps * config.batch_size * N * of_refiner
-    operations = {kind: training + (generation if kind == TUNED[0] else 0) for kind in TUNED}
+    whole = training + generation
+    operations = {kind: whole if kind == TUNED[0] else max(0.75 * whole, training) for kind in TUNED}
     return {kind: max(1, round(value / (of_backbone * batch_size))) for kind, value in operations.items()}
 
 
@@ -132,9 +135,8 @@ def tuned_at_best(
     best = 0
     while todo := {best - 1, best, best + 1} - tried.keys():
         for power in sorted(todo):
-            rate, began = round(FIRST_RATE * FACTOR**power, 6), time.perf_counter()
-            model = tuned(setup, kind, models.trained.backbone, steps, rate, batch_of, seed)
-            seconds = time.perf_counter() - began
+            rate = float(f"{FIRST_RATE * FACTOR**power:.5g}")
+            model, seconds = tuned(setup, kind, models.trained.backbone, steps, rate, batch_of, seed)
             y = generate_all(setup, model, val).tokens.long()
             error = vsr.cosine_error(y, val[:, -1].long(), models.codebook.cpu()).mean().item()
             tried[power] = error, rate, seconds, model

@@ -689,7 +689,7 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
             "val_target_loss": [1.0],
             "val_target_accuracy": [0.5],
         }
-        return Backbone({"pretraining": 50.0, "wider": 60.0}[name]), log
+        return Backbone({"pretraining": 50.0, "wider": 60.0}[name]), log, 90.0
 
     def tune(setup, kind, models, known, budget, batch_size, seed):
         assert models.trained.backbone.head.weight.item() == 50
@@ -752,6 +752,8 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
     for way in maturity.SAMPLED:
         assert min(result["tried"][way], key=result["tried"][way].get) == decoding.TEMPERATURES[1]
     assert result["budget"] == budgets
+    seconds = {"pretraining": 90, **dict.fromkeys(maturity.TUNED, 7), "wider backbone": 90}
+    assert seconds.items() - result["seconds"].items() == ({("wider backbone", 90)} if steps > 700 else set())
     errors = {"train": 1.0, "val": 1.0}  # of the rollouts: nothing that it writes is right
     assert result["rollout_error"] == errors
     assert set(asked) == {(50.0, 3, 5)}
@@ -1205,6 +1207,7 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
         for cell in cells:
             cell |= {
                 "budget": {"a": number + 5, "b": 3},
+                "seconds": {"pretraining": 1000.0 * number, "a": 2.0},
                 "rollout_error": {"train": 0.5 + number, "val": 0.25},
             }
             if steps == 11200:
@@ -1213,7 +1216,8 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
     for number, (steps, cells) in enumerate(groups.items()):
         assert f"{steps:,} steps: {report.backbone_line(cells)}\n" in text
         errors = rf"error of .* from {0.5 + number:.4f} \(.*\), of validation 0.2500 \("
-        assert re.search(rf"{errors}.*\nsteps of rivals: a {number + 5}, b 3\n", text)
+        steps_of = rf"steps of rivals: a {number + 5}, b 3\nseconds: pretraining {number:.0f},?{'000' if number else ''}, a 2\n"
+        assert re.search(rf"{errors}.*\n{steps_of}", text)
         for method in maturity.METHODS:
             if method != "wider backbone" or steps == 700:
                 row = measures_of(cells, method, "all")

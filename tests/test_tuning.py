@@ -159,7 +159,8 @@ def test_a_backbone_is_tuned_as_it_is_called(setup, models, monkeypatch, kind):
         noting = lambda *args, name=name, real=real: losses.append(name) or real(*args)  # noqa: E731
         monkeypatch.setattr(tuning, name, noting)
     monkeypatch.setattr(train_refiner, "optimizer_step", lambda *args: rates.append(args[-1]) or step(*args))
-    made = tuning.tuned(setup, kind, backbone, 30, 0.5, batches(models), 5)
+    made, seconds = tuning.tuned(setup, kind, backbone, 30, 0.5, batches(models), 5)
+    assert 0 < seconds < 600
     assert losses == 30 * ["whole_loss" if kind == "pretrained further" else "own_prefix_loss"]
     assert rates == [train_refiner.scheduled_rate(step, 30, 0.5 * PEAK) for step in range(30)]
     layers = {n for n, module in backbone.blocks.named_modules() if isinstance(module, nn.Linear)}
@@ -182,7 +183,7 @@ def test_a_backbone_is_tuned_as_it_is_called(setup, models, monkeypatch, kind):
 def test_tuning_begins_with_the_trained_backbone(setup, models, kind):
     """At a rate of nearly zero it stays what it was."""
     before = models.trained.backbone.state_dict()
-    made = tuning.tuned(setup, kind, models.trained.backbone, 3, 1e-7, batches(models), 5)
+    made, _ = tuning.tuned(setup, kind, models.trained.backbone, 3, 1e-7, batches(models), 5)
     for name, weight in made.state_dict().items():
         assert torch.allclose(weight, before[name], atol=1e-5), name
 
@@ -214,7 +215,7 @@ def test_rates_are_tried_with_all_steps_until_the_best_is_at_no_edge(setup, mode
         assert (kind, backbone, steps, seed) == (tuning.TUNED[1], models.trained.backbone, 80, 5)
         power = round(math.log(rate / tuning.FIRST_RATE, tuning.FACTOR))
         tried[power] = rate
-        return power
+        return power, 10.0 + power
 
     def generate(setup, power, tokens):
         assert torch.equal(tokens, val)
@@ -222,8 +223,8 @@ def test_rates_are_tried_with_all_steps_until_the_best_is_at_no_edge(setup, mode
 
     monkeypatch.setattr(tuning, "tuned", tuned)
     monkeypatch.setattr(tuning, "generate_all", generate)
-    model, errors, _ = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
-    assert model == best
+    model, errors, seconds = tuning.tuned_at_best(setup, tuning.TUNED[1], models, models.known, 80, 9, 5)
+    assert (model, seconds) == (best, 10 + best)
     assert {best - 1, best + 1} <= tried.keys() == set(range(min(-1, best - 1), max(1, best + 1) + 1))
     assert errors == {rate: pytest.approx(abs(power - best) / N) for power, rate in tried.items()}
     assert tried[best] == pytest.approx(0.1 * 3**best, rel=1e-4)
@@ -236,12 +237,17 @@ def test_steps_that_cost_what_a_refiner_does_are_in_proportion_to_its_rollouts_a
         trained=SimpleNamespace(backbone=backbone), grid=(8, 8), codebook=torch.eye(128, 16)
     )
     rollouts_alone = tuning.equal_steps(setup, models, 2000, 0, 10).values()
-    assert list(rollouts_alone) == [round(2000 / 3 / 10), 1, 1], "the last two need rollouts as well"
+    expected = [round(2000 / 3 / 10), 50, 50]
+    assert list(rollouts_alone) == expected, (
+        "the last two need rollouts as well: 500 of them, and 50 steps of 10"
+    )
     config = setup.config["refiner"]
     refiner = Refiner(config, ("tokens", "query"), (8, 8), 16, 128)
     attention = 12 * config.layers * config.width * 64
     cost = 5000 * config.batch_size * 64 * (6 * count(refiner) + attention)
     step = 10 * 256 * flops_per_token(backbone)
     steps = tuning.equal_steps(setup, models, 2000, 5000, 10)
-    assert steps["all weights, own rollouts"] == steps["LoRA, own rollouts"] == round(cost / step) > 1
+    assert steps["all weights, own rollouts"] == steps["LoRA, own rollouts"] == round(cost / step) > 200, (
+        "200 steps of 10 have used all rollouts"
+    )
     assert steps["pretrained further"] == round(cost / step + 2000 / 3 / 10)
