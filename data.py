@@ -205,7 +205,7 @@ def load_image(path, size: int) -> torch.Tensor:
 def given_split(path: Path) -> str | None:
     """The split that a part of a path names, in one of the usual spellings: "Validation" -> "val"."""
     for part in path.parts[:-1]:
-        stem = re.sub(r"([ _.-]*(set|split|data|images|imgs|\d+))+$|[AB]$", "", part).lower()
+        stem = re.sub(r"([ _.-]*(?i:set|split|data|images|imgs|\d+))+$|[AB]$", "", part).lower()
         if (split := SPELLINGS.get(stem, stem)) in SPLITS:
             return split
     return None

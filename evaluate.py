@@ -38,6 +38,8 @@ COLOURS = {
     "refined_tokens+states": "#4a7fc1",
     "refined_tokens+query": "#1d4e9e",
     "refined_tokens+states+query": "#5e3c99",
+    "refined_states": "#3aa6a0",
+    "refined_states+query": "#147a74",
     "parallel": "#c77dba",
 }
 OF_FORCED = " of teacher_forced"  # ends the names of what was made of the teacher-forced output
@@ -51,8 +53,8 @@ def reading(text: str) -> str:
 
 
 def method_name(reading: str) -> str:
-    """The row of a refiner, by what it reads. Without tokens it is `parallel`."""
-    return f"refined_{reading}" if "tokens" in reading.split("+") else "parallel"
+    """The row of a refiner, by what it reads. One that reads nothing of what was written is `parallel`."""
+    return "parallel" if reading == "query" else f"refined_{reading}"
 
 
 @torch.no_grad()
@@ -69,7 +71,10 @@ def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, to
 
 @torch.no_grad()
 def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, autocast, seed: int = 0) -> dict:
-    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}."""
+    """What each method writes for the last image of sentences: tokens (S, 2K+2, N) -> {method: (S, N)}.
+
+    refiners: {method: refiner}.
+    """
     device, codebook, N = backbone.head.weight.device, tokenizer.codebook.vectors, tokens.shape[2]
     generator, written = torch.Generator().manual_seed(seed), {}
     for part in tokens.split(64):
@@ -85,8 +90,8 @@ def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, auto
             for of, given in (("", rollout), (OF_FORCED, forced)):
                 logits = backbone.logits(given.states)
                 now["expected_embedding" + of] = vsr.expected_embedding(logits, codebook)
-                for reading, refiner in refiners.items():
-                    now[method_name(reading) + of], _ = vsr.refine(refiner, codebook, *given)
+                for method, refiner in refiners.items():
+                    now[method + of], _ = vsr.refine(refiner, codebook, *given)
         for method, y in now.items():
             written.setdefault(method, []).append(y.cpu())
     return {method: torch.cat(parts) for method, parts in written.items()}
@@ -123,10 +128,9 @@ def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: to
 
 
 def gap_closed(scores: dict, method: str, name: str) -> float:
-    """`vsr.gap_closed` of a method over all sentences or a task; AR is the better decoding of the two."""
-    free = min(scores[m][name]["cosine_error"] for m in ("ar_greedy", "ar_sampled"))
-    refined, forced = (scores[m][name]["cosine_error"] for m in (method, "teacher_forced"))
-    return vsr.gap_closed(free, refined, forced)
+    """`vsr.gap_closed` of a method, over all sentences or a task."""
+    rows = ("ar_greedy", method, "teacher_forced")
+    return vsr.gap_closed(*(scores[row][name]["cosine_error"] for row in rows))
 
 
 def exposure_removed(scores: dict, method: str, name: str) -> float:
@@ -167,8 +171,8 @@ def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, par
     device = tokenizer.codebook.weight.device
     autocast = runtime.autocast(device, getattr(torch, setting["dtype"]))
     tokens = encode_sentences(tokenizer, sentences, "test", len(task), device, autocast)
-    models = (tokenizer, trained.backbone, trained.refiners)
-    written = decode_methods(*models, tokens, autocast, setting["seed"])
+    refiners = {method_name(reading): refiner for reading, refiner in trained.refiners.items()}
+    written = decode_methods(tokenizer, trained.backbone, refiners, tokens, autocast, setting["seed"])
     scores = score_methods(tokenizer, written, images[:, -1], task, autocast)
     plot_error_by_position(out / "error_by_position.png", scores)
     plot_training(out / "training.png", trained.logs)

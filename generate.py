@@ -44,6 +44,8 @@ def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
         if where is None:
             raise UserError("--data: where are the pictures these models were trained on? Or give --demos")
         scenes["data"] += where
+    elif args.data:
+        raise UserError(f"--data {args.data}: {args.run} was not trained on a folder")
     sentences = data.Sentences(data.DataConfig(**scenes), config["run"]["seed"])
     if sentences.fingerprint != config.get("pictures"):
         print(f"note: {where} holds other pictures than those that the models were trained on")
@@ -182,7 +184,8 @@ def main():
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()
         print(f"  {name:22} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
-    name = "refined_tokens+query" if "refined_tokens+query" in written else list(written)[-1]
+    preferred = ["refined_tokens+query", *(name for name in written if name.startswith("refined_"))]
+    name = next((name for name in preferred if name in written), "parallel")
     if args.save:
         image = Image.fromarray(data.to_uint8(made[name][0]).permute(1, 2, 0).numpy())
         image = image.resize([side * args.scale for side in image.size], Image.Resampling.BICUBIC)

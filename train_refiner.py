@@ -85,7 +85,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                m = self.state[p]["momentum_buffer"]
                 m.lerp_(p.grad, 1 - group["momentum"])
                 updates.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))
             for shape, pairs in updates.items():

@@ -165,13 +165,12 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
 
 def embed(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """codebook[y]: tokens (B, N) of any integer type, codebook (V, D) -> (B, N, D). ValueError for others."""
-    try:
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise IndexError
-        return F.embedding(tokens.long(), codebook)  # codebook[tokens] takes -1, and uint8 for a mask
-    except IndexError:
+    integers = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
+    # A GPU would not raise here, but be of no use afterwards
+    if tokens.numel() and not (integers and tokens.min() >= 0 and tokens.max() < len(codebook)):
         found = f"{tokens.min()} to {tokens.max()} ({tokens.dtype})"
-        raise ValueError(f"tokens from {found}: expected integers from 0 to {len(codebook) - 1}") from None
+        raise ValueError(f"tokens from {found}: expected integers from 0 to {len(codebook) - 1}")
+    return F.embedding(tokens.long(), codebook)  # codebook[tokens] takes -1, and uint8 for a mask
 
 
 def require_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -416,8 +415,9 @@ class GPT(nn.Module):
     def generate(self, prompt, num_tokens: int, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         """Continue prompts (B, P) by num_tokens tokens each, free-running, with a KV cache -> Rollout.
 
-        temperature, top_k, top_p: see `sample`. Raises ValueError if the whole is longer than the model's
-        sentences, or states are not finite.
+        Its `query` are the states over the query's source if num_tokens is that of an image. temperature,
+        top_k, top_p: see `sample`. Raises ValueError if the whole is longer than the model's sentences, or
+        states are not finite.
         """
         B, P = prompt.shape
         if P + num_tokens > self.max_tokens:

@@ -28,6 +28,7 @@ NAMES = (
     "rollout", "choice", "maturity", "window", "positions", "decoding", "data", "size", "backbones", "demos",
     "probe", "generalize", "speed", "adversarial",
 )  # fmt: skip
+DRAWN = ("choice", "window", "demos")  # need scenes whose colours can be chosen
 STUDIES = {name: importlib.import_module(f"studies.{name}") for name in NAMES}
 
 
@@ -78,7 +79,8 @@ def parse_arguments():
     choices = ["all", *NAMES]
     parser.add_argument("studies", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
     parser.add_argument("--preset", choices=("smoke", "toy"), default="toy", help="sizes (default: toy)")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. n-1 (default: 5)")
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), metavar="N", default=5,
+                        help="seeds 0 .. N-1, 1 to 10 (default: 5)")  # fmt: skip
     parser.add_argument("--out", default="results", help="folder for tables and pictures (default: results)")
     parser.add_argument("--work", default="runs/studies", help="folder for models (default: runs/studies)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
@@ -87,8 +89,6 @@ def parse_arguments():
     for name, config_class in classes.items():
         parser.add_config(config_class, "" if name == "data" else f"{name}_")
     args = parser.parse_args()
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: expected at least 1")
     preset = {}
     if args.preset == "smoke":
         preset = {**train_refiner.PRESETS["smoke"], "study": runner.SMOKE}
@@ -125,6 +125,10 @@ def main():
         return read_cells(out / f"{name}.json", config_of(name))
 
     chosen, todo = [name for name in NAMES if {name, "all"} & set(args.studies)], []
+    if made_with["data"]["data"] == "folder:" and (drawn := [name for name in chosen if name in DRAWN]):
+        raise UserError(
+            f"--data {config['data'].data}: {', '.join(drawn)} need scenes that are drawn by code"
+        )
     for name in chosen:
         todo += [(name, cell) for cell in missing_cells(name, cells_of(name), args.seeds)]
 
@@ -146,12 +150,13 @@ def main():
             bar.update(STUDIES[name].MINUTES)
 
     for name in chosen:
-        study, cells = STUDIES[name], cells_of(name)
-        if not cells:
-            continue  # another process is at its first one
-        text = study.show(cells)
-        study.plot(out / f"{name}.png", cells)
-        save(out, name, config_of(name), cells, table=text.splitlines())
+        with runtime.locked(work, "--work", wait=True):
+            study, cells = STUDIES[name], cells_of(name)
+            if not cells:
+                continue  # another process is at its first one
+            text = study.show(cells)
+            study.plot(out / f"{name}.png", cells)
+            save(out, name, config_of(name), cells, table=text.splitlines())
         print(f"\n{name}\n\n{text}\n\nwrote {out / f'{name}.json'} and .png")
 
 

@@ -35,11 +35,13 @@ import evaluate
 import vqgan
 import vsr
 from studies import report
-from studies.hues import HUES, OneHue, even_palette, smaller
-from studies.runner import SeedModels, Setup, fit, generate_all, models_of, refine_all, replay
+from studies.hues import HUES, OneHue, even_palette
+from studies.runner import SeedModels, Setup, at_most, fit, generate_all, models_of, refine_all, replay
 
 MINUTES = 28
 SETTINGS = [{}]
+
+SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
 
 READINGS = {
     "refined_tokens": ("tokens",),
@@ -132,7 +134,7 @@ class Choice(NamedTuple):
 
 
 def prepare(setup: Setup, seed: int) -> Choice:
-    models = models_of(setup, seed, label="choice", changes=smaller(setup.config), make=OneHue)
+    models = models_of(setup, seed, label="choice", changes=at_most(SIZES, setup.config), make=OneHue)
     tokenizer, backbone, codebook = models.trained.tokenizer, models.trained.backbone, models.codebook.cpu()
     sentences = OneHue(setup.config["data"], seed)
 
@@ -140,7 +142,7 @@ def prepare(setup: Setup, seed: int) -> Choice:
         parts = sentences.valid(split, total).split(256)
         with torch.no_grad(), setup.autocast:
             found = [tokenizer.encode(part.flatten(0, 1).to(setup.device)) for part in parts]
-        return torch.cat(found).view(total, HUES, -1).cpu().short()  # (S, HUES, N)
+        return torch.cat(found).view(total, HUES, -1).cpu()  # (S, HUES, N)
 
     rollouts, truth = replay(setup, models, ("query",))
     targets = {TARGETS[0]: truth, TARGETS[1]: {}}
@@ -224,7 +226,7 @@ def plot(path, cells: list) -> None:
 
     picture = next(cell["samples"] for cell in cells if "samples" in cell)  # of seed 0
     pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
-    size = pixels.shape[1] // 8
+    size = pixels.shape[2] // (len(SHOWN) + 2)
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
     names = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
     titles = ["query", *names, "nearest valid"]

@@ -31,10 +31,11 @@ def run(setup: Setup, seed: int) -> dict:
     rollouts, targets = replay(setup, models)
     batches = data.Sentences(setup.config["data"], seed).batches("train", len(targets["train"]))
     task, refiners = torch.cat([tasks for _, tasks in batches]), {}
-    for number, unseen in enumerate(("none", *TASKS)):
-        rows = (task != number - 1).nonzero().flatten()  # there is no task -1: all rows
+    seen = [(task != number).nonzero().flatten() for number in range(len(TASKS))]
+    fewest = min(map(len, seen))  # each learns from as many rollouts
+    for unseen, rows in zip(("none", *TASKS), (torch.arange(len(task)), *seen), strict=True):
         name = f"without {unseen}"
-        options = {"rows": rows, "steps": setup.config["study"].steps}
+        options = {"rows": rows[:fewest], "steps": setup.config["study"].steps}
         refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, **options)
     result = score_refiners(setup, models, refiners, seed)
 

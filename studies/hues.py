@@ -16,20 +16,6 @@ import data
 
 HUES = len(data.SHAPES)
 GREYS = (0.35, 0.65)  # of the dark and of the light shade, in [0, 1]
-SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
-
-
-def at_most(sizes: dict, config: dict) -> dict:
-    """{component: {field: size}} as changes of a configuration that may already be below them."""
-    return {
-        part: {name: min(size, getattr(config[part], name)) for name, size in fields.items()}
-        for part, fields in sizes.items()
-    }
-
-
-def smaller(config: dict) -> dict:
-    """Changes for models of one task."""
-    return at_most(SIZES, config)
 
 
 def even_palette() -> torch.Tensor:

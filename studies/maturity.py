@@ -27,7 +27,7 @@ import vsr
 from evaluate import method_name
 from studies import report
 from studies.decoding import TEMPERATURES, consensus, likeliest, samples_of
-from studies.report import estimate, values_of
+from studies.report import values_of
 from studies.runner import OURS, Setup, count, fit, force_all, generate_all, models_of, score_refiners
 from studies.stages import flops_per_token
 from studies.tuning import TUNED, equal_steps, tuned_at_best
@@ -158,10 +158,12 @@ def show(cells: list) -> str:
     lines = []
     for steps, group in report.by_setting(cells, "steps").items():
         methods = [method for method in METHODS if method in group[0]["scores"]]
-        own = [estimate([cell["rollout_error"][split] for cell in group], 4) for split in ("train", "val")]
+        own = [
+            ", ".join(f"{cell['rollout_error'][split]:.4f}" for cell in group) for split in ("train", "val")
+        ]
         lines += [
             f"{steps:,} steps: {report.backbone_line(group)}",
-            f"error of rollouts that refiners learn from {own[0]}, of validation {own[1]}",
+            f"error of rollouts that refiners learn from {own[0]}; of validation {own[1]}",
             "steps of rivals: " + ", ".join(f"{kind} {n}" for kind, n in group[0]["budget"].items()),
             "seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in middle_seconds(group).items()),
             report.measures_table(group, methods),

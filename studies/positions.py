@@ -21,9 +21,8 @@ import evaluate
 import train_refiner
 from evaluate import method_name
 from studies import report
-from studies.hues import at_most
 from studies.report import GROUPS, estimate
-from studies.runner import Setup, force_all, generate_all, models_of, score_refiners
+from studies.runner import Setup, at_most, force_all, generate_all, models_of, score_refiners
 from studies.tuning import TUNED, equal_steps, tuned_at_best
 
 MINUTES = 40

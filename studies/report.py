@@ -117,17 +117,13 @@ def measures_table(cells: list, methods, groups=("all",)) -> str:
 
 
 def backbone_line(cells: list) -> str:
-    """How good the backbone is by itself: over all tasks, mean over seeds with t intervals."""
-    which = (
-        ("teacher-forced error", "teacher_forced", "cosine_error", 4),
-        ("greedy", "ar_greedy", "cosine_error", 4),
-        ("tokens right", "ar_greedy", "token_accuracy", 3),
-    )
-    texts = [
-        f"{what} {estimate(values_of(cells, method, 'all', measure), digits)}"
-        for what, method, measure, digits in which
-    ]
-    return ", ".join(texts)
+    """How good the backbone is by itself, over all tasks: errors by seed, and tokens right."""
+    texts, rows = [], {"teacher-forced": "teacher_forced", "greedy": "ar_greedy"}
+    for what, method in rows.items():
+        errors = ", ".join(f"{error:.4f}" for error in values_of(cells, method, "all", "cosine_error"))
+        right = estimate(values_of(cells, method, "all", "token_accuracy"), 3)
+        texts.append(f"{what} error {errors}, tokens right {right}")
+    return "; ".join(texts)
 
 
 def settings_table(cells: list) -> str:
@@ -211,15 +207,6 @@ def plot_stacked(path, cells: list, methods) -> None:
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
     )
-    save(figure, path)
-
-
-def plot_settings(path, cells: list) -> None:
-    """Gap closed by the settings of a study that uses `runner.fit_each`, as bars."""
-    names = list(cells[0]["cost"])
-    figure = new_figure(1, 6.0, max(2.6, 0.4 * len(names)))
-    bars(figure.axes[0], names, [gaps(cells, name, "all") for name in names])
-    figure.axes[0].set_xlabel("gap closed")
     save(figure, path)
 
 

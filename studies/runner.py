@@ -34,9 +34,9 @@ class StudyConfig:
     samples: Annotated[int, "n of the likeliest of n samples, and of their consensus"] = 8
     steps: Annotated[int, "steps of each refiner, where it is not the default one that is asked about"] = 1000
     window_steps: Annotated[int, "steps of each refiner in window"] = 600
-    rollouts: Annotated[int, "rollouts of each backbone in maturity and backbones", (1, 10**9)] = 8192
+    rollouts: Annotated[int, "rollouts of each backbone in maturity and backbones"] = 8192
     probed: Annotated[int, "sentences in probe", (2, 10**9)] = 256
-    rounds: Annotated[int, "rounds of each timing in speed"] = 5
+    rounds: Annotated[int, "rounds of each timing in speed and size"] = 5
 
 
 # For --preset smoke
@@ -86,6 +86,14 @@ class SeedModels(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         return self.trained.tokenizer.grid
+
+
+def at_most(sizes: dict, config: dict) -> dict:
+    """{component: {field: size}} as changes of a configuration that may already be below them."""
+    return {
+        part: {name: min(size, getattr(config[part], name)) for name, size in fields.items()}
+        for part, fields in sizes.items()
+    }
 
 
 def count(model: nn.Module) -> int:
@@ -234,12 +242,8 @@ def score_refiners(setup: Setup, models: SeedModels, refiners: dict, seed: int, 
     others: what more was written, {method: (S, N)}.
     """
     tokenizer, backbone, tokens = models.trained.tokenizer, models.trained.backbone, models.test["tokens"]
-    written = evaluate.decode_methods(tokenizer, backbone, {}, tokens, setup.autocast, seed)
+    written = evaluate.decode_methods(tokenizer, backbone, refiners, tokens, setup.autocast, seed)
     written |= others or {}
-    rollout, forced = generate_all(setup, backbone, tokens), force_all(setup, backbone, tokens)
-    for name, refiner in refiners.items():
-        written[name] = refine_all(setup, models, refiner, rollout)
-        written[name + evaluate.OF_FORCED] = refine_all(setup, models, refiner, forced)
     test = models.test
     scores = evaluate.score_methods(tokenizer, written, test["images"], test["task"], setup.autocast)
     return {"scores": scores, "agreement": agreement(written, test)}

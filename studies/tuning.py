@@ -57,7 +57,7 @@ def merge_lora(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def whole_loss(setup: Setup, backbone: GPT, tokens: torch.Tensor, written=None) -> torch.Tensor:
+def whole_loss(setup: Setup, backbone: GPT, tokens: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     """Next-token cross-entropy on whole sentences (B, 2K+2, N), as in pretraining."""
     tokens = tokens.flatten(1).long().to(setup.device)
     with setup.autocast:

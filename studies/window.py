@@ -80,6 +80,7 @@ def run(setup: Setup, seed: int, kind: str) -> dict:
         targets, options = targets[choice.TARGETS[1]], {"reads": ("tokens",)}
     study, refiners = setup.config["study"], {}
     options["steps"] = study.window_steps if kind == "default" else study.steps
+    options["attention"] = True  # it is what is asked about
     for start in STARTS:
         for radius in RADII:
             make, name = functools.partial(Windowed, radius=radius, start=start), name_of(radius, start)

@@ -305,6 +305,7 @@ def write_splits(folder, names, number: int = 4):
         ("train", "validation", "test"),
         ("Train", "VAL", "Testing"),
         ("training_set", "dev_set", "test_set"),
+        ("TrainSet", "Validation Set", "Test_Images"),
         ("train2017", "val2017", "test2017"),
         ("trainA", "valid", "testA"),
         ("cats/train", "cats/val", "cats/test"),

@@ -369,6 +369,12 @@ def test_an_animation_that_is_written_can_be_played(run, tmp_path):
         assert played.info["loop"] == 0
 
 
+def test_what_is_shown_as_refined_is_no_control_if_there_is_a_refiner(show, tmp_path):
+    folder = make_run(tmp_path, readings=("tokens", "query"))
+    shown = show("--save", tmp_path / "r.png", "--count", 1, source=("--run", folder))
+    assert "pixels, with refined_tokens\n" in shown.out
+
+
 def test_the_refined_image_is_saved_alone_at_the_size_of_the_model_or_larger(run, show, tmp_path):
     made = expected(run, run.images[:2]).made
     shown = show("--save", tmp_path / "r.png", "--count", 2)

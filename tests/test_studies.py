@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -193,7 +194,8 @@ def test_speed_is_of_one_machine(finished, command, monkeypatch):
         (["nothing"], "nothing"),
         ([], "NAME"),
         (["main"], "main"),
-        (["rollout", "--seeds", "0"], "--seeds 0"),
+        (["rollout", "--seeds", "0"], "--seeds: invalid choice: 0"),
+        (["rollout", "--seeds", "11"], "--seeds: invalid choice: 11"),
         (["rollout", "--preset", "large"], "large"),
         (["rollout", "--study-lora-rank", "many"], "many"),
         (["rollout", "--study-samples", "0"], "--study-samples 0"),
@@ -203,6 +205,17 @@ def test_a_mistake_gets_one_line(command, tmp_path, flags, named):
     result = command(studies, *flags, "--out", tmp_path / "results", "--work", tmp_path / "work")
     assert (result.status, len(result.err)) == (2, 1)
     assert named in result.err[0]
+
+
+def test_scenes_that_are_drawn_are_asked_for_before_a_folder_is_used(command, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(150):
+        Image.effect_noise((16, 16), 99).save(tmp_path / "pictures" / f"{i}.png")
+    flags = ["--preset", "smoke", "--data", f"folder:{tmp_path / 'pictures'}"]
+    flags += ["--out", tmp_path, "--work", tmp_path / "work"]
+    result = command(studies, "all", *flags)
+    assert result.status == 2
+    assert "choice, window, demos need scenes" in result.err[-1]
 
 
 def test_a_refiner_that_is_too_narrow_is_named(finished, command, tmp_path):

@@ -1476,9 +1476,10 @@ class Case(NamedTuple):
 
 @torch.no_grad()
 def load_case(part: str = "try", path=None) -> Case:
-    """128 validation sentences with the models in `path` (weights/toy.pt).
+    """128 sentences with the models in `path` (weights/toy.pt).
 
-    part: "try" for you, "check" for the check. Raises Wrong if the file is not there.
+    part: "try" for you and "check" for the check, of the validation split; "test" for the end. Raises Wrong
+    if the file is not there.
     """
     path = Path(path or WEIGHTS)
     expect(
@@ -1487,8 +1488,8 @@ def load_case(part: str = "try", path=None) -> Case:
     )
     tokenizer, backbone, refiners, config = evaluate.load_run(path, torch.device("cpu"))
     sentences = data.Sentences(data.DataConfig(**config["data"]), config["run"]["seed"])
-    numbers = {"try": (0, 1), "check": (2, 3)}[part]
-    images, task = data.joined(sentences("val", number, 64) for number in numbers)
+    split, *numbers = {"try": ("val", 0, 1), "check": ("val", 2, 3), "test": ("test", 0, 1)}[part]
+    images, task = data.joined(sentences(split, number, 64) for number in numbers)
     tokens = tokenizer.encode(images.flatten(0, 1)).view(*images.shape[:2], -1)  # (B, 2K+2, N)
     prompt, truth = tokens[:, :-1].flatten(1), tokens[:, -1]
     rollout = backbone.generate(prompt, truth.shape[1])

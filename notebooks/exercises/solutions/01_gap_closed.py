@@ -18,7 +18,7 @@
 #   position would give.
 # - Above 1 is possible, and so is below 0. Cut nothing off.
 # - Where free-running and teacher-forced error are equal, nothing has accumulated, and no share of it exists:
-#   NaN.
+#   NaN. (The free-running error is never the smaller one here.)
 #
 # It is [`gap_closed` in `vsr.py`](../../vsr.py). Try first, then compare.
 #
@@ -57,10 +57,10 @@ from checks import check_gap_closed
 check_gap_closed(gap_closed)
 
 # %% [markdown]
-# Use it on a finished run: what each refiner closes of each task's gap. Free-running is the better of greedy
-# decoding and sampling, as in the project. The right picture has the tokens that are right, of the same
-# methods: the two pictures need not tell the same story. `parallel`, where the run has it, reads the prompt
-# alone and nothing of what was written.
+# Use it on a finished run: what each refiner closes of each task's gap. Free-running is greedy decoding, as
+# in the project. The right picture has the tokens that are right, of the same methods: the two pictures need
+# not tell the same story. `parallel`, where the run has it, reads the prompt alone and nothing of what was
+# written.
 
 # %%
 scores = json.loads((root / "results" / "toy" / "metrics.json").read_text())["methods"]
@@ -71,8 +71,8 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 for number, method in enumerate(("ar_greedy", *refined)):
     shares, right = [], [scores[method][name]["token_accuracy"] for name in names]
     for name in names:
-        free_running = min(error["ar_greedy"][name], error["ar_sampled"][name])
-        shares.append(gap_closed(free_running, error[method][name], error["teacher_forced"][name]))
+        errors = (error[row][name] for row in ("ar_greedy", method, "teacher_forced"))
+        shares.append(gap_closed(*errors))
     places = [x + 0.2 * number for x in range(len(names))]
     for axis, values in zip(axes, (shares, right), strict=True):
         axis.bar(places, values, width=0.18, color=f"C{number}", label=method)

@@ -19,10 +19,11 @@
 # $$\text{exposure removed} = 1 - \frac{F' - T'}{F - T}, \qquad
 # \text{base error removed} = \frac{T - T'}{T}$$
 #
-# **Write** two functions. All arguments are Python floats, 0 or more, and so are the results.
+# **Write** two functions. All arguments are Python floats, 0 or more. Each result is a Python float that may
+# be below 0, above 1, or NaN.
 #
 # 1. `exposure_removed(free_running, refined, teacher_forced, refined_forced)`, that is $F$, $F'$, $T$, $T'$
-#    in this order. Cut nothing off: above 1 and below 0 are possible. Where nothing has accumulated,
+#    in this order. Cut nothing off. Where nothing has accumulated,
 #    $F \le T$, no part of it exists: NaN.
 # 2. `base_error_removed(teacher_forced, refined_forced)`. Where $T = 0$ there is nothing to remove: NaN.
 #
@@ -120,8 +121,9 @@ axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The three readings: `refined_tokens` sees what was written, `refined_tokens+query` sees that and the prompt,
-# `parallel` sees the prompt alone. Which of them removes accumulated error, which base error, which both?
+# `expected_embedding` is hedging without training. The three readings: `refined_tokens` sees what was
+# written, `refined_tokens+query` sees that and the prompt, `parallel` sees the prompt alone. Which of them
+# removes accumulated error, which base error, which both?
 #
 # `parallel` removes all of the accumulated error, to the last digit. **Why is that no praise?** Think of a
 # method that writes token 0 everywhere. How much of the accumulated error does it remove, and how much of the

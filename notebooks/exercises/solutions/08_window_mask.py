@@ -85,6 +85,6 @@ plt.show()
 # shipped refiners have three blocks on a grid of 8 x 8.
 #
 # **Go further.** With three blocks, which radius is the smallest with which every position hears of every
-# other? The pictures count paths: far places have fewer. What does that mean for how much of them arrives? A
-# refiner with radius 1 does as well as one that sees all: name two explanations, and an experiment that tells
-# them apart.
+# other? The pictures count paths: far places have fewer. What does that mean for how much of them arrives?
+# Suppose a refiner with radius 1 does nearly as well as one that sees all: name two explanations, and an
+# experiment that tells them apart. Then look [what came out](../../results/README.md#is-it-global).

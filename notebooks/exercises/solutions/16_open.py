@@ -105,5 +105,5 @@ plt.show()
 #
 # **Go further.** A smaller error with fewer right tokens is hedging: does yours repair? You tried several
 # things and kept the best: how much of its advantage is luck? Measure the spread over sentences, then measure
-# once, at the end, on the test split. What does your method cost, in passes of the backbone and of the
+# once, at the end, on `load_case("test")`. What does your method cost, in passes of the backbone and of the
 # refiners, and would plain refinement with a larger refiner be cheaper?
