@@ -46,10 +46,10 @@ OF_FORCED = " of teacher_forced"  # ends the names of what was made of the teach
 
 
 def reading(text: str) -> str:
-    """The name of what a refiner reads, "tokens+query" for instance, in the order of `vsr.READS`."""
-    if not set(text.split("+")) <= set(vsr.READS):
-        raise ValueError(f"{text}: expected one or more of {', '.join(vsr.READS)}, joined by +")
-    return "+".join(source for source in vsr.READS if source in text.split("+"))
+    """The name of what a refiner reads, "tokens+query" for instance, in the order of `vsr.SOURCES`."""
+    if not set(text.split("+")) <= set(vsr.SOURCES):
+        raise ValueError(f"{text}: expected one or more of {', '.join(vsr.SOURCES)}, joined by +")
+    return "+".join(source for source in vsr.SOURCES if source in text.split("+"))
 
 
 def method_name(reading: str) -> str:

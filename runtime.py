@@ -394,7 +394,7 @@ def mean_of_all(own: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def parallel(model: torch.nn.Module) -> torch.nn.Module:
+def data_parallel(model: torch.nn.Module) -> torch.nn.Module:
     """The model to call in a training step: its gradients become the mean over all processes."""
     wrap = torch.nn.parallel.DistributedDataParallel
     return wrap(model, broadcast_buffers=False) if dist.is_initialized() else model

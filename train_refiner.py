@@ -142,7 +142,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
     discriminator = vqgan.Discriminator().to(device, memory_format=torch.channels_last)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9))
     autocast = runtime.autocast(device, dtype)
-    step_model, step_discriminator = runtime.parallel(model), runtime.parallel(discriminator)
+    step_model, step_discriminator = runtime.data_parallel(model), runtime.data_parallel(discriminator)
     gan_from = round(config.gan_start * config.steps) if config.gan_weight > 0 else config.steps
     per_sentence = 2 * sentences.config.num_demos + 2
     names = ("reconstruction", "gradient", "commitment", "generator", "discriminator", "codes_in_use")
@@ -208,7 +208,7 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
     model = make(config, codebook_size, N, num_images).to(device)
     optimizers = make_optimizers(model, config.learning_rate, dtype)
     autocast = runtime.autocast(device, dtype)
-    step_model = torch.compile(runtime.parallel(model)) if compile else runtime.parallel(model)
+    step_model = torch.compile(runtime.data_parallel(model)) if compile else runtime.data_parallel(model)
     val = val[:128].flatten(1).long().to(device)  # (S, T)
     names = ("step", "loss", "val_step", "val_loss", "val_target_loss", "val_target_accuracy")
     log = {name: [] for name in names}
@@ -306,7 +306,7 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
     state_dim = next((x.shape[-1] for x in rollouts["train"][1:] if x is not None), 0)
     refiner = make(config, reads, grid, codebook.shape[1], state_dim).to(device)
     optimizers = make_optimizers(refiner, config.learning_rate, dtype)
-    step_refiner = runtime.parallel(refiner)
+    step_refiner = runtime.data_parallel(refiner)
 
     def batch_loss(model, split: str, rows: torch.Tensor) -> torch.Tensor:
         rollout = rollouts[split]
@@ -353,13 +353,13 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
     Returns the refiner and the log; a sixteenth of the sentences is held out for `val_loss`. Apply it with
     `vsr.refine`. Raises ValueError if the shapes do not fit.
     """
-    if not set(reads) <= set(vsr.READS):
-        raise ValueError(f"reads {reads!r}: expected one or more of {vsr.READS}")
+    if not set(reads) <= set(vsr.SOURCES):
+        raise ValueError(f"reads {reads!r}: expected one or more of {vsr.SOURCES}")
     config, device = config or RefinerConfig(), torch.device(device)
     batches = tqdm(prompts.split(config.rollout_batch), "rollouts", leave=None)
     with torch.no_grad():
         written = [write(batch.to(device)) for batch in batches]
-    fields = dict.fromkeys(vsr.READS)
+    fields = dict.fromkeys(vsr.SOURCES)
     for name in {"tokens", *reads}:
         parts = [getattr(rollout, name) for rollout in written]
         if parts[0] is None:

@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-READS = ("tokens", "states", "query")  # the sources that a refiner can read at each position
+SOURCES = ("tokens", "states", "query")  # the sources that a refiner can read at each position
 
 
 class Rollout(NamedTuple):
@@ -75,11 +75,11 @@ class Refiner(nn.Module):
 
     def __init__(self, config: RefinerConfig, reads, grid: tuple[int, int], code_dim: int, state_dim=0):
         super().__init__()
-        if not reads or not set(reads) <= set(READS):
-            raise ValueError(f"reads {reads!r}: expected one or more of {READS}")
+        if not reads or not set(reads) <= set(SOURCES):
+            raise ValueError(f"reads {reads!r}: expected one or more of {SOURCES}")
         if state_dim < 1 and set(reads) != {"tokens"}:
             raise ValueError(f"reads {reads!r}: needs state_dim, the size of the hidden states")
-        self.reads, self.grid = tuple(name for name in READS if name in reads), grid
+        self.reads, self.grid = tuple(name for name in SOURCES if name in reads), grid
         self.read = nn.ModuleDict()
         for name in self.reads:
             size = code_dim if name == "tokens" else state_dim
@@ -108,7 +108,7 @@ class Refiner(nn.Module):
     def change(self, embeddings, states, query) -> torch.Tensor:
         """g_phi: by how much to move each unit-norm embedding, all positions at once -> (B, N, D)."""
         x = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)  # (N, C)
-        given = dict(zip(READS, (embeddings, states, query), strict=True))
+        given = dict(zip(SOURCES, (embeddings, states, query), strict=True))
         for name in self.reads:
             if given[name] is None:
                 raise ValueError(f"this refiner reads {self.reads}, and was given no {name}")

@@ -208,7 +208,7 @@ def test_only_the_first_rollouts_of_each_split_are_replayed(setup):
 @pytest.mark.parametrize("rows", [slice(None), slice(7), torch.tensor([5, 2, 40])])
 def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     models = models_with(Backbone())
-    rollouts, targets = runner.replay(setup, models, vsr.READS)
+    rollouts, targets = runner.replay(setup, models, vsr.SOURCES)
     refiner, log, seconds = runner.fit(
         setup, models, "name", rollouts, targets, 5, ("tokens",), rows, F.mse_loss, rollout.Scaled, steps=3
     )
@@ -276,7 +276,7 @@ def test_outputs_of_all_sentences_come_in_their_order(setup):
 
 def test_refined_tokens_of_all_rollouts_come_in_their_order(setup):
     models = models_with(Backbone())
-    refiner = vsr.Refiner(setup.config["refiner"], vsr.READS, GRID, V, 2)
+    refiner = vsr.Refiner(setup.config["refiner"], vsr.SOURCES, GRID, V, 2)
     nn.init.normal_(refiner.to_code.weight)
     rows = Rollout(torch.randint(V, (150, N)), torch.randn(150, N, 2), torch.randn(150, N, 2))
     expected, _ = vsr.refine(refiner, torch.eye(V), *rows)
@@ -462,7 +462,7 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
 def test_a_window_is_as_wide_as_it_is_called(setup, fitted, scored, monkeypatch, kind):
     models, written, tests = models_with(Backbone()), {}, {"sampled": Rollout(torch.arange(3))}
     calls = give(monkeypatch, models, window)
-    rollouts, truth = runner.replay(setup, models, vsr.READS)
+    rollouts, truth = runner.replay(setup, models, vsr.SOURCES)
     targets = {"true hue": {}, "nearest valid": truth}
     prepared = choice.Choice(models, None, rollouts, targets, tests, {}, None)
     monkeypatch.setattr(choice, "prepare", lambda *_: prepared)

@@ -55,7 +55,7 @@ def train_all() -> dict:
     targets = {"train": tokens[:, 3], "val": tokens[:8, 3]}
     refining = vsr.RefinerConfig(layers=1, heads=2, width=16, steps=25, batch_size=8)
     refiner, log = train_refiner.train_refiner(
-        refining, vsr.READS, codebook, (4, 4), rollouts, targets, CPU, FLOAT, 0
+        refining, vsr.SOURCES, codebook, (4, 4), rollouts, targets, CPU, FLOAT, 0
     )
     return {**result, "refiner": log["loss"], "refiner weights": refiner.to_code.weight}
 

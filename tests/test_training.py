@@ -85,7 +85,7 @@ SENTENCES = {
 
 def train_a_refiner(seed=0, loss_function=vsr.cosine_loss, **options):
     config = RefinerConfig(**{"layers": 1, "heads": 2, "width": 16, "batch_size": 8, **options})
-    given = (config, vsr.READS, CODES, GRID, ROLLOUTS, TARGETS)
+    given = (config, vsr.SOURCES, CODES, GRID, ROLLOUTS, TARGETS)
     return train_refiner.train_refiner(*given, CPU, FLOAT, seed, loss_function, Reader)
 
 
@@ -284,7 +284,7 @@ def test_the_learning_rate_is_a_short_rise_and_half_a_cosine_down_to_a_fiftieth(
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(model):
     """By what they do: without a gradient Muon shrinks its weights by 5 % of the rate, AdamW leaves them."""
     if model is None:
-        model = Refiner(RefinerConfig(layers=2, heads=2, width=16), vsr.READS, GRID, 5, 7)
+        model = Refiner(RefinerConfig(layers=2, heads=2, width=16), vsr.SOURCES, GRID, 5, 7)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = train_refiner.make_optimizers(model, 0.5)
     train_refiner.optimizer_step(
@@ -419,7 +419,7 @@ def test_rollouts_are_written_after_demonstrations_and_query():
     assert torch.equal(made, (torch.arange(130)[:, None] + 1).expand(-1, N).short())
 
 
-@pytest.mark.parametrize("reads", vsr.READS)
+@pytest.mark.parametrize("reads", vsr.SOURCES)
 def test_states_are_those_of_the_sentence_and_of_what_was_written_after_it(reads):
     backbone, tokens = Backbone(), numbered(130)
     generated = tokens[:, 1]
@@ -453,7 +453,7 @@ def test_a_sixteenth_of_foreign_sentences_is_held_out(monkeypatch):
     codebook, config = torch.randn(200, 5) * 7, RefinerConfig(rollout_batch=20)
     prompts = torch.arange(48)[:, None].repeat(1, 12)
     truth = torch.arange(48)[:, None].expand(-1, N) + 120
-    train_refiner.refiner_for(write, prompts, truth, codebook, GRID, vsr.READS, config, seed=7)
+    train_refiner.refiner_for(write, prompts, truth, codebook, GRID, vsr.SOURCES, config, seed=7)
     assert torch.equal(torch.cat(asked), prompts)
     assert max(map(len, asked)) == 20
     rows = {}
@@ -465,7 +465,7 @@ def test_a_sixteenth_of_foreign_sentences_is_held_out(monkeypatch):
     assert (len(rows["train"]), len(rows["val"])) == (45, 3)
     assert sorted(rows["train"] + rows["val"]) == list(range(48))
     assert torch.allclose(given["codebook"], F.normalize(codebook, dim=-1))
-    assert (given["seed"], given["config"], tuple(given["reads"])) == (7, config, vsr.READS)
+    assert (given["seed"], given["config"], tuple(given["reads"])) == (7, config, vsr.SOURCES)
 
 
 # What one stage hands to the next
