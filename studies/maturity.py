@@ -27,7 +27,6 @@ import vsr
 from evaluate import method_name
 from studies import report
 from studies.decoding import TEMPERATURES, consensus, likeliest, samples_of
-from studies.report import values_of
 from studies.runner import OURS, Setup, count, fit, force_all, generate_all, models_of, score_refiners
 from studies.stages import flops_per_token
 from studies.tuning import TUNED, equal_steps, tuned_at_best
@@ -173,15 +172,22 @@ def show(cells: list) -> str:
 
 
 def plot(path, cells: list) -> None:
+    """What refiners and, dashed, their rivals gain over greedy decoding, by the backbone's training."""
     groups = report.by_setting(cells, "steps")
-    figure = report.new_figure(3, 4.2)
-    for axis, measure in zip(figure.axes, ("cosine_error", "token_accuracy", "psnr"), strict=True):
-        for method in ("teacher_forced", "ar_greedy", *READINGS, TUNED[0], TUNED[2], "wider backbone"):
+    figure = report.new_figure(3, 3.6)
+    rivals = (*TUNED, "wider backbone", SAMPLED[0])
+    colours = dict(zip(rivals, ("#8d99ae", "#9b5de5", "#d1495b", "#edae49", "#2a9d4a"), strict=True))
+    for axis, measure in zip(figure.axes, ("gap closed", "tokens right, gained", "dB gained"), strict=True):
+        for method in (*READINGS, *rivals):
             having = {steps: group for steps, group in groups.items() if method in group[0]["scores"]}
-            values = [values_of(group, method, "all", measure) for group in having.values()]
-            options = {"label": method, "linewidth": 1, "markersize": 3}
-            report.curve(axis, list(having), values, color=evaluate.COLOURS.get(method), **options)
+            values = [report.MEASURES[measure](group, method, "all") for group in having.values()]
+            options = {"linestyle": "--"} if method in rivals else {}
+            options |= {"color": colours.get(method) or evaluate.COLOURS[method], "label": method}
+            report.curve(axis, list(having), values, linewidth=1, markersize=4, **options)
+        axis.axhline(0, color="#888888", linewidth=0.6)
         report.log_x(axis, list(groups))
-        axis.set(xlabel="pretraining steps", ylabel=measure.replace("_", " "))
-    report.legend(figure.axes[0])
+        axis.set_xticks(list(groups), [f"{steps:,}" for steps in groups])
+        axis.set(xlabel="pretraining steps", ylabel=measure)
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", frameon=False, fontsize=8)
     report.save(figure, path)

@@ -1434,6 +1434,20 @@ def test_curves_are_of_the_method_in_the_legend(figures):
             )
         assert curves_of(axis).keys() == {"teacher_forced", "ar_greedy", *demos.REFINED}
 
+    groups = settings_cells("steps", (700, 2800))
+    for cell in groups[2800]:
+        cell["scores"] = {m: s for m, s in cell["scores"].items() if m != "wider backbone"}
+    maturity.plot("path", mixed(groups))
+    measures = ((gap_of,), (gain_of, "token_accuracy"), (gain_of,))
+    for axis, (measure, *more) in zip(figures[-1].axes, measures, strict=True):
+        curves = curves_of(axis)
+        assert curves.keys() == {*maturity.READINGS, *maturity.TUNED, "wider backbone", "likeliest of n"}
+        assert curves.pop("wider backbone")[0] == [700]
+        for method, (x, y) in curves.items():
+            assert x == [700, 2800]
+            means = [mean(cells, measure, method, "all", *more) for cells in groups.values()]
+            assert y == pytest.approx(means), method
+
     settings = {
         "tokens, 256 rollouts": "refined_tokens", "tokens, 1,300 rollouts": "parallel",
         "tokens, 10 steps": "expected_embedding", "tokens, 20 steps": "without none",
