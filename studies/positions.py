@@ -114,5 +114,6 @@ def plot(path, cells: list) -> None:
                 axis.set_xlabel("token position t (raster order)" if k else "")
                 if j == 0:
                     axis.set_ylabel("accumulated" if k else "cosine error")
-    figure.axes[0].legend(fontsize=6.5, edgecolor="none", framealpha=0.85)
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=len(lines[0]), frameon=False)
     report.save(figure, path)
