@@ -430,8 +430,8 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
         decibels = vqgan.score_tokenizer(tokenizer, sentences, "val", autocast)["psnr_source"]
         evaluate.save_reconstructions(out / "reconstructions.png", tokenizer, sentences, "val", autocast)
         print(f"tokenizer: rebuilds held-out pictures at {decibels:.1f} dB (the toy: 29, photographs: 33, "
-              f"clip art: 25, stamps: 23); look at {out / 'reconstructions.png'}. If that is too coarse, stop here and "
-              "give a larger --vqgan-codebook-size, or more --vqgan-steps")  # fmt: skip
+              f"clip art: 25, stamps: 23); look at {out / 'reconstructions.png'}. If that is too coarse, stop"
+              " here and give a larger --vqgan-codebook-size, or more --vqgan-steps")  # fmt: skip
 
     # 2. The backbone, on sentences of tokens
     began, tokens = time.perf_counter(), {}

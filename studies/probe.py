@@ -1,11 +1,12 @@
 """How far does one wrong token run, and how much of the damage is taken back?
 
 Two kinds of mistakes. `forced`: a wrong token is put at position t of the greedy rollout, what another
-sentence has there, and the backbone goes on from there; its damage is the error that it adds. That is a
-grosser mistake than most that a backbone makes. `natural`: the first token that greedy decoding gets wrong,
-against the rollout that goes on from the true token in its place. Stated before it was run: for repair speaks
-damage behind t that is smaller after refining, for both kinds; against it, damage that stays, or that is
-taken back for forced tokens only.
+sentence has there, and the backbone goes on from there; its damage is what it adds behind it, in cosine error
+and in tokens that are wrong. That is a grosser mistake than most that a backbone makes. `natural`: the first
+token that greedy decoding gets wrong, against the rollout that goes on from the true token in its place.
+Stated before it was run: for repair speaks damage that is smaller after refining, for both kinds and in both
+measures; against it, damage that stays, or that is taken back for forced tokens only, or in error only: then
+it is hedging.
 """
 
 import statistics
@@ -23,6 +24,7 @@ MINUTES = 2
 SETTINGS = [{}]
 
 REFINED = tuple(map(method_name, READINGS))
+MEASURES = ("cosine error", "wrong tokens")
 COLOURS = {"backbone": evaluate.COLOURS["ar_greedy"], **{name: evaluate.COLOURS[name] for name in REFINED}}
 
 
@@ -47,7 +49,7 @@ def first_wrong(tokens: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def run(setup: Setup, seed: int) -> dict:
-    """`forced[who][i][s]`: by how much the error at position s grows if position t_i was forced.
+    """For each of `MEASURES`: `forced[who][i][s]`, by how much it grows at position s if t_i was forced.
 
     `natural[who][d]`: the same d tokens behind the first mistake that the backbone makes by itself.
     """
@@ -67,39 +69,42 @@ def run(setup: Setup, seed: int) -> dict:
                 written[:, t + 1 :] = backbone.generate(start, N - t - 1).tokens.cpu()
         return written
 
-    def errors(y: torch.Tensor) -> torch.Tensor:
-        """Cosine error of the backbone's images (S, N) and of each refiner's: (who, S, N)."""
+    def measured(y: torch.Tensor) -> torch.Tensor:
+        """`MEASURES` of the backbone's images (S, N) and of each refiner's: (measure, who, S, N)."""
         rollout, images = greedy._replace(tokens=y), [y]
         images += [
             refine_all(setup, models, refiner, rollout) for refiner in models.trained.refiners.values()
         ]
-        return torch.stack([vsr.cosine_error(image, y_true, codebook) for image in images])
+        error = torch.stack([vsr.cosine_error(image, y_true, codebook) for image in images])
+        return torch.stack([error, (torch.stack(images) != y_true).float()])
 
-    clean, positions, forced = errors(greedy.tokens), list(range(4, N - 1, 8)), []
+    clean, positions, forced = measured(greedy.tokens), list(range(4, N - 1, 8)), []
     for t in positions:
         y, wrong = forced_at(t, greedy.tokens)
         y = torch.cat([goes_on(y, t, rows) for rows in torch.arange(len(y)).split(64)])
-        forced.append((errors(y) - clean)[:, wrong].sum(1) / max(1, wrong.sum()))  # (who, N)
+        forced.append((measured(y) - clean)[:, :, wrong].sum(2) / max(1, wrong.sum()))  # (measure, who, N)
 
     first, mended = first_wrong(greedy.tokens, y_true), greedy.tokens.clone()
     for t in sorted(set(first.tolist()) - {N}):
         rows = (first == t).nonzero().flatten()
         mended[rows] = goes_on(y_true, t, rows)  # all before t is true as well
-    damage, place = clean - errors(mended), torch.arange(N)
-    natural = [damage[:, first + d < N, (first + d)[first + d < N]].mean(1) for d in range(N // 2)]  # (who,)
-    behind = (damage * (place > first[:, None])).sum(2)[:, first < N].mean(1)  # (who,)
-    return {
-        "positions": positions,
-        "forced": dict(zip(COLOURS, torch.stack(forced, dim=1).tolist(), strict=True)),
-        "natural": dict(zip(COLOURS, torch.stack(natural, dim=1).tolist(), strict=True)),
-        "natural_behind": dict(zip(COLOURS, behind.tolist(), strict=True)),
-        "with_a_mistake": (first < N).float().mean().item(),
-    }
+    damage, place = clean - measured(mended), torch.arange(N)
+    natural = [damage[:, :, first + d < N, (first + d)[first + d < N]].mean(2) for d in range(N // 2)]
+    behind = (damage * (place > first[:, None])).sum(3)[:, :, first < N].mean(2)  # (measure, who)
+    result = {"positions": positions, "with_a_mistake": (first < N).float().mean().item()}
+    for measure, *kinds in zip(
+        MEASURES, torch.stack(forced, dim=2), torch.stack(natural, dim=2), behind, strict=True
+    ):
+        names = ("forced", "natural", "natural_behind")  # of each who: (t, N), (d,), a number
+        by_who = (dict(zip(COLOURS, kind.tolist(), strict=True)) for kind in kinds)
+        result[measure] = dict(zip(names, by_who, strict=True))
+    return result
 
 
-def summed_after(cell: dict, name: str) -> list:
+def summed_after(cell: dict, measure: str, name: str) -> list:
     """The summed damage behind each of the forced positions."""
-    return [sum(row[t + 1 :]) for t, row in zip(cell["positions"], cell["forced"][name], strict=True)]
+    rows = zip(cell["positions"], cell[measure]["forced"][name], strict=True)
+    return [sum(row[t + 1 :]) for t, row in rows]
 
 
 def taken_back(cells: list, name: str, value_of) -> list:
@@ -110,33 +115,36 @@ def taken_back(cells: list, name: str, value_of) -> list:
 
 def show(cells: list) -> str:
     lines = [
-        f"error that one wrong token adds behind it, and the part taken back; mean over {len(cells)} seeds "
-        "with a 95 % t interval",
-        f"{'':26}" + "".join(f"{name:>26}" for name in COLOURS),
+        "what one wrong token adds behind it (cosine error by seed), and the part taken back; "
+        f"mean over {len(cells)} seeds with a 95 % t interval"
     ]
-    kinds = {"natural, the first one": lambda cell, name: cell["natural_behind"][name]}
-    for i, t in enumerate(cells[0]["positions"]):
-        kinds[f"forced at {t}"] = lambda cell, name, i=i: summed_after(cell, name)[i]
-    for kind, value_of in kinds.items():
-        row = [estimate([value_of(cell, "backbone") for cell in cells], 3)]
-        row += [estimate(taken_back(cells, name, value_of)) for name in REFINED]
-        lines.append(f"{kind:26}" + "".join(f"{text:>26}" for text in row))
+    for measure in MEASURES:
+        lines += ["", f"{measure:26}" + "".join(f"{name:>26}" for name in COLOURS)]
+        kinds = {"natural, the first one": lambda cell, name, m=measure: cell[m]["natural_behind"][name]}
+        for i, t in enumerate(cells[0]["positions"]):
+            kinds[f"forced at {t}"] = lambda cell, name, m=measure, i=i: summed_after(cell, m, name)[i]
+        for kind, value_of in kinds.items():
+            added = [value_of(cell, "backbone") for cell in cells]
+            by_seed = measure == "cosine error"  # of another codebook each
+            row = [", ".join(f"{value:.2f}" for value in added) if by_seed else estimate(added)]
+            row += [estimate(taken_back(cells, name, value_of)) for name in REFINED]
+            lines.append(f"{kind:26}" + "".join(f"{text:>26}" for text in row))
     with_one = estimate([cell["with_a_mistake"] for cell in cells])
     return "\n".join([*lines, f"sentences with a mistake: {with_one}"])
 
 
 def plot(path, cells: list) -> None:
-    figure = report.new_figure(2, 4.6)
-    by_position, behind = figure.axes
-    for name, colour in COLOURS.items():
-        sums = zip(*(summed_after(cell, name) for cell in cells), strict=True)
-        means = [statistics.fmean(values) for values in sums]
-        by_position.plot(cells[0]["positions"], means, "o-", color=colour, label=name)
-        rows = zip(*(cell["natural"][name] for cell in cells), strict=True)
-        behind.plot([statistics.fmean(values) for values in rows], color=colour, label=name)
-    by_position.set(xlabel="position t of the forced token", ylabel="error added behind it")
-    behind.set(xlabel="tokens after the first natural mistake", ylabel="error added")
+    figure = report.new_figure(4, 3.4)
+    for measure, by_position, behind in zip(MEASURES, figure.axes[::2], figure.axes[1::2], strict=True):
+        for name, colour in COLOURS.items():
+            sums = zip(*(summed_after(cell, measure, name) for cell in cells), strict=True)
+            means = [statistics.fmean(values) for values in sums]
+            by_position.plot(cells[0]["positions"], means, "o-", color=colour, label=name)
+            rows = zip(*(cell[measure]["natural"][name] for cell in cells), strict=True)
+            behind.plot([statistics.fmean(values) for values in rows], color=colour, label=name)
+        by_position.set(xlabel="position t of the forced token", ylabel=f"{measure} added behind it")
+        behind.set(xlabel="tokens after the first natural mistake", ylabel=f"{measure} added")
     for axis in figure.axes:
         axis.axhline(0, color="#888888", linewidth=0.6)
-    report.legend(by_position)
+    report.legend(figure.axes[0])
     report.save(figure, path)

@@ -871,7 +871,8 @@ def test_damage_is_behind_the_forced_token_and_before_and_after_refining(setup, 
         behind = [float(s >= t) for s in range(PLACES)]
         left = [float(s in (13, 14)) for s in range(PLACES)]
         expected = dict(zip(probe.COLOURS, (behind, left, behind), strict=True))
-        assert {name: rows[i] for name, rows in result["forced"].items()} == expected
+        for measure in probe.MEASURES:  # all codes are at right angles
+            assert {name: rows[i] for name, rows in result[measure]["forced"].items()} == expected
     by_length = {prompt.shape[1] - 3 * PLACES: prompt for prompt in started}
     assert by_length.keys() == {0, 2, 5, 13}, "greedy, behind the natural mistake, behind the forced ones"
     assert all(len(prompt) == 6 for length, prompt in by_length.items() if length > 0), "as configured"
@@ -903,9 +904,10 @@ def test_damage_of_a_natural_mistake_is_against_going_on_from_the_true_token(set
         natural["backbone"].append(statistics.fmean(float(t + d < 15 or t == 15) for t in there))
         natural["refined_tokens"].append(statistics.fmean(float(t + d <= 7) for t in there))
         natural[f"refined_{OURS}"].append(0.0)
-    assert {name: pytest.approx(row) for name, row in natural.items()} == result["natural"]
     behind = {"backbone": (11 + 11 + 7 + 0 + 14) / 5, "refined_tokens": (4 + 4 + 0 + 0 + 7) / 5}
-    assert result["natural_behind"] == pytest.approx({**behind, f"refined_{OURS}": 0.0})
+    for measure in probe.MEASURES:
+        assert {name: pytest.approx(row) for name, row in natural.items()} == result[measure]["natural"]
+        assert result[measure]["natural_behind"] == pytest.approx({**behind, f"refined_{OURS}": 0.0})
     mended = [prompt for prompt in started if prompt.shape[1] == 3 * PLACES + 4 and len(prompt) == 2]
     assert torch.equal(mended[0], tokens[:2].flatten(1)[:, : 3 * PLACES + 4]), "true up to the mistake"
 
@@ -1274,14 +1276,25 @@ def test_rows_of_a_probe_are_of_its_kind_of_mistake_and_its_refiner():
     damage[f"refined_{OURS}"] = [[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 1.0]]
     halved = {who: [[0.5 * x for x in row] for row in rows] for who, rows in damage.items()}
     natural = {"backbone": 2.0, "refined_tokens": 1.0, f"refined_{OURS}": 0.5}
-    more = {"positions": [1, 2], "natural_behind": natural}
-    cells = [{"forced": part, "with_a_mistake": x, **more} for part, x in ((damage, 0.5), (halved, 0.7))]
+    tenth = {who: [[0.1 * x for x in row] for row in rows] for who, rows in damage.items()}
+    cells = [
+        {
+            "positions": [1, 2], "with_a_mistake": x,
+            "cosine error": {"forced": part, "natural_behind": natural},
+            "wrong tokens": {"forced": tenth, "natural_behind": {who: 7 * y for who, y in natural.items()}},
+        }
+        for part, x in ((damage, 0.5), (halved, 0.7))
+    ]  # fmt: skip
     text = probe.show(cells)
-    rows = {"natural, the first one": [2.0, 0.5, 0.75]}
-    rows |= {"forced at 1": [3.75, 0.9, 0.2], "forced at 2": [3.0, 0.25, 0.75]}
+    assert row_of(text, "natural, the first one", 1)[::3] == pytest.approx([14.0, 0.5, 0.75], abs=0.006)
+    assert row_of(text, "forced at 1", 1)[:3] == pytest.approx(
+        [0.5, *report.t_interval([0.5, 0.5])], abs=0.006
+    )
+    rows = {"natural, the first one": [2.0, 2.0, 0.5, 0.75]}
+    rows |= {"forced at 1": [5.0, 2.5, 0.9, 0.2], "forced at 2": [4.0, 2.0, 0.25, 0.75]}
     for name, row in rows.items():
-        assert row_of(text, name)[::3] == pytest.approx(row, abs=0.006), name
-    assert row_of(text, "forced at 1")[1:3] == pytest.approx(report.t_interval([5.0, 2.5]), abs=6e-4)
+        found = row_of(text, name)
+        assert [*found[:2], *found[2::3]] == pytest.approx(row, abs=0.006), name
     assert "sentences with a mistake: 0.60 (" in text
 
 
@@ -1508,10 +1521,12 @@ def test_curves_are_of_the_method_in_the_legend(figures):
 
     forced = {name: [[0.0, 1.0, 3.0 + i, 2.0]] for i, name in enumerate(probe.COLOURS)}
     natural = {name: [1.0, 0.5 * i] for i, name in enumerate(probe.COLOURS)}
-    probe.plot("path", [{"positions": [1], "forced": forced, "natural": natural}])
-    by_position, behind = figures[-1].axes
+    few = {"forced": {name: [[0.0, 0.0, 0.5, 0.0]] for name in probe.COLOURS}, "natural": natural}
+    measures = {"cosine error": {"forced": forced, "natural": natural}, "wrong tokens": few}
+    probe.plot("path", [{"positions": [1], **measures}])
     drawn = [
         {line.get_label(): list(line.get_ydata()) for line in axis.lines if line.get_label()[0] != "_"}
-        for axis in (by_position, behind)
+        for axis in figures[-1].axes
     ]
-    assert drawn == [{name: [5 + i] for i, name in enumerate(probe.COLOURS)}, natural]
+    sums = {name: [5 + i] for i, name in enumerate(probe.COLOURS)}
+    assert drawn == [sums, natural, {name: [0.5] for name in probe.COLOURS}, natural]

@@ -324,8 +324,9 @@ def test_a_forced_token_is_another_one_that_stands_there_elsewhere():
 
 
 def test_damage_is_summed_behind_the_wrong_token():
-    cell = {"positions": [0, 2], "forced": {"backbone": [[9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 9.0, 5.0]]}}
-    assert probe.summed_after(cell, "backbone") == [6, 5]
+    forced = {"backbone": [[9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 9.0, 5.0]]}
+    cell = {"positions": [0, 2], "wrong tokens": {"forced": forced}}
+    assert probe.summed_after(cell, "wrong tokens", "backbone") == [6, 5]
 
 
 def test_the_first_wrong_token_is_where_the_truth_is_left():
