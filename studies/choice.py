@@ -197,7 +197,7 @@ def show(cells: list) -> str:
     """Each method's measures; cosine errors as differences to sampling, within a seed."""
     heads = ["cosine error - sampled", *list(MEASURES)[1:]]
     lines = [
-        f"against the nearest valid answer; mean over {len(cells)} seeds with a 95 % t interval",
+        f"against the nearest valid answer; {report.of_seeds(cells)}",
         f"{'':50}" + "".join(f"{head:>26}" for head in heads),
     ]
     for name in cells[0]["scores"]:

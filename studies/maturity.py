@@ -153,6 +153,17 @@ def middle_seconds(cells: list) -> dict:
     return {name: statistics.median(cell["seconds"][name] for cell in cells) for name in cells[0]["seconds"]}
 
 
+def errors_tried(cells: list) -> dict:
+    """{rival: the errors of its rates or temperatures on validation sentences, by seed}."""
+    texts = {}
+    for name in cells[0]["tried"]:
+        by_seed = [{float(x): error for x, error in cell["tried"][name].items()} for cell in cells]
+        settings = sorted(set().union(*by_seed))
+        found = {x: [f"{tried[x]:.4f}" for tried in by_seed if x in tried] for x in settings}
+        texts[name] = "; ".join(f"{x:.2g}: {', '.join(errors)}" for x, errors in found.items())
+    return texts
+
+
 def show(cells: list) -> str:
     lines = []
     for steps, group in report.by_setting(cells, "steps").items():
@@ -163,6 +174,7 @@ def show(cells: list) -> str:
         lines += [
             f"{steps:,} steps: {report.backbone_line(group)}",
             f"error of rollouts that refiners learn from {own[0]}; of validation {own[1]}",
+            *(f"validation errors, {name}: {errors}" for name, errors in errors_tried(group).items()),
             "steps of rivals: " + ", ".join(f"{kind} {n}" for kind, n in group[0]["budget"].items()),
             "seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in middle_seconds(group).items()),
             report.measures_table(group, methods),

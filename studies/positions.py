@@ -75,8 +75,8 @@ def accumulated(cells: list, method: str, group: str) -> torch.Tensor:
 
 
 def show(cells: list) -> str:
-    """By thirds of the raster, as shares of what greedy decoding accumulates over all of it."""
-    lines = ["error that has accumulated: as a share of what greedy decoding has over the whole raster"]
+    """By thirds of the raster, as shares of what greedy decoding accumulates over all of it; all measures."""
+    lines = ["error that has accumulated, as a share of what greedy decoding has over the whole raster"]
     for group in report.by_setting(cells, "scale").values():
         greedy = accumulated(group, "ar_greedy", "all")  # (seeds, N)
         N, whole = greedy.shape[1], greedy.sum(1).tolist()
@@ -85,12 +85,13 @@ def show(cells: list) -> str:
             "all": slice(0, N), "first third": slice(0, N // 3), "second": slice(N // 3, 2 * N // 3),
             "last third": slice(2 * N // 3, N), f"from {late} on": slice(late, N),
         }  # fmt: skip
-        lines += ["", f"{f'{N} tokens, {len(group)} seeds':26}" + "".join(f"{name:>26}" for name in parts)]
+        lines += ["", f"{f'{N} tokens':26}" + "".join(f"{name:>26}" for name in parts)]
         for method in ROWS:
             more = accumulated(group, method, "all")
             sums = [more[:, part].sum(1).tolist() for part in parts.values()]
             row = [estimate(list(map(report.share, values, whole))) for values in sums]
             lines.append(f"{method:26}" + "".join(f"{text:>26}" for text in row))
+        lines += ["", f"{N} tokens: {report.measures_table(group, ROWS[1:])}"]
     return "\n".join(lines)
 
 

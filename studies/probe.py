@@ -116,7 +116,7 @@ def taken_back(cells: list, name: str, value_of) -> list:
 def show(cells: list) -> str:
     lines = [
         "what one wrong token adds behind it (cosine error by seed), and the part taken back; "
-        f"mean over {len(cells)} seeds with a 95 % t interval"
+        f"{report.of_seeds(cells)}"
     ]
     for measure in MEASURES:
         lines += ["", f"{measure:26}" + "".join(f"{name:>26}" for name in COLOURS)]

@@ -45,6 +45,11 @@ def estimate(values: list, digits: int = 2) -> str:
     return text if math.isnan(low) else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def of_seeds(cells: list) -> str:
+    """What the numbers of a table are."""
+    return "one seed" if len(cells) == 1 else f"mean over {len(cells)} seeds, with a 95 % t interval"
+
+
 def values_of(cells: list, method: str, group: str, measure: str) -> list:
     """A measure of `evaluate.score_methods` of one method, in each cell."""
     return [cell["scores"][method][group][measure] for cell in cells]
@@ -103,7 +108,7 @@ OF_BOTH = ("exposure removed", "base error removed")  # need a method's output f
 def measures_table(cells: list, methods, groups=("all",)) -> str:
     """All measures of what repairs, for each method and group: means over seeds, with t intervals."""
     width = max(map(len, methods)) + 2
-    lines = [f"mean over {len(cells)} seeds, with a 95 % t interval; what is gained is over greedy decoding"]
+    lines = [f"{of_seeds(cells)}; what is gained is over greedy decoding"]
     for group in groups:
         lines += ["", f"{group:{width}}" + "".join(f"{name:>26}" for name in MEASURES)]
         for method in methods:

@@ -1074,7 +1074,7 @@ def accumulating(scale: int, more: dict) -> list:
     return cells
 
 
-def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix():
+def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix(monkeypatch):
     rising = 0.01 * torch.arange(16)
     more = {"ar_greedy": rising, "refined_tokens": 0 * rising, "parallel": -rising}
     more |= {f"refined_{OURS}": rising * (torch.arange(16) < 10), positions.LORA: 0.5 * rising}
@@ -1084,6 +1084,8 @@ def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix():
         assert torch.allclose(found, part.expand(2, 16), atol=1e-6), method
     thirds = [sum(range(5)), sum(range(5, 10)), sum(range(10, 16)), sum(range(10, 16))]
     shares = [1.0, *(part / 120 for part in thirds)]
+    measures = lambda cells, rows: f"measures of scale {cells[0]['cell']['scale']}: {' '.join(rows)}"  # noqa: E731
+    monkeypatch.setattr(report, "measures_table", measures)
     text = positions.show([*accumulating(2, {**more, "ar_greedy": 2 * rising}), *cells])
     expected = {"ar_greedy": shares, positions.LORA: [x / 2 for x in shares], "refined_tokens": [0.0] * 5}
     expected |= {f"refined_{OURS}": [45 / 120, 10 / 120, 35 / 120, 0.0, 0.0]}
@@ -1092,6 +1094,8 @@ def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix():
         halved = row if method == "ar_greedy" else [x / 2 for x in row]
         assert row_of(text, method, 1)[::3] == pytest.approx(halved, abs=0.006), "of its own scale"
     assert "from 10 on" in text
+    for scale in (1, 2):
+        assert f"16 tokens: measures of scale {scale}: {' '.join(positions.ROWS[1:])}\n" in f"{text}\n"
 
 
 # Tables
@@ -1203,6 +1207,7 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
         for cell in cells:
             cell |= {
                 "budget": {"a": number + 5, "b": 3},
+                "tried": {"LoRA": {"0.1": 0.5 + number, "0.033333": 0.7}},
                 "seconds": {"pretraining": 1000.0 * (number + 1), "a": 2.0},
                 "rollout_error": {"train": 0.5 + number, "val": 0.25},
             }
@@ -1215,7 +1220,8 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
             rf"error of .* from {', '.join(len(cells) * [f'{0.5 + number:.4f}'])}; of validation 0.2500, "
         )
         steps_of = rf"steps of rivals: a {number + 5}, b 3\nseconds: pretraining {number + 1},000, a 2\n"
-        assert re.search(rf"{errors}.*\n{steps_of}", text)
+        found = ["0.033: 0.7000, 0.7000, 0.7000", f"0.1: {', '.join(3 * [f'{0.5 + number:.4f}'])}"]
+        assert re.search(rf"{errors}.*\nvalidation errors, LoRA: {'; '.join(found)}\n{steps_of}", text)
         for method in maturity.METHODS:
             if method != "wider backbone" or steps == 700:
                 row = measures_of(cells, method, "all")
