@@ -57,6 +57,11 @@ def method_name(reading: str) -> str:
     return "parallel" if reading == "query" else f"refined_{reading}"
 
 
+def by_method(refiners: dict) -> dict:
+    """{reading: refiner} -> {row: refiner}."""
+    return {method_name(reading): refiner for reading, refiner in refiners.items()}
+
+
 @torch.no_grad()
 def encode_sentences(tokenizer: VQGAN, sentences: data.Sentences, split: str, total: int, device, autocast):
     """Turn `total` sentences of a split into tokens: (total, 2K+2, N) int16 or int32 on the CPU."""
@@ -171,8 +176,8 @@ def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, par
     device = tokenizer.codebook.weight.device
     autocast = runtime.autocast(device, getattr(torch, setting["dtype"]))
     tokens = encode_sentences(tokenizer, sentences, "test", len(task), device, autocast)
-    refiners = {method_name(reading): refiner for reading, refiner in trained.refiners.items()}
-    written = decode_methods(tokenizer, trained.backbone, refiners, tokens, autocast, setting["seed"])
+    models = (tokenizer, trained.backbone, by_method(trained.refiners))
+    written = decode_methods(*models, tokens, autocast, setting["seed"])
     scores = score_methods(tokenizer, written, images[:, -1], task, autocast)
     plot_error_by_position(out / "error_by_position.png", scores)
     plot_training(out / "training.png", trained.logs)

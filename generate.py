@@ -184,8 +184,8 @@ def main():
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()
         print(f"  {name:22} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
-    preferred = ["refined_tokens+query", *(name for name in written if name.startswith("refined_"))]
-    name = next((name for name in preferred if name in written), "parallel")
+    refined = [name for name in written if name.startswith("refined_")] or ["parallel"]
+    name = "refined_tokens+query" if "refined_tokens+query" in refined else refined[0]
     if args.save:
         image = Image.fromarray(data.to_uint8(made[name][0]).permute(1, 2, 0).numpy())
         image = image.resize([side * args.scale for side in image.size], Image.Resampling.BICUBIC)

@@ -114,7 +114,10 @@ def main():
     made_with = {"dtype": str(dtype).removeprefix("torch.")}
     made_with |= {name: asdict(part) for name, part in config.items()}
 
+    chosen = [name for name in NAMES if {name, "all"} & set(args.studies)]
     if config["data"].data.startswith("folder:"):  # its pictures are its identity, not its path
+        if drawn := [name for name in chosen if name in DRAWN]:
+            raise UserError(f"--data {config['data'].data}: {', '.join(drawn)} need scenes drawn by code")
         made_with["pictures"] = data.Sentences(config["data"]).fingerprint
         made_with["data"]["data"] = "folder:"
 
@@ -124,11 +127,7 @@ def main():
     def cells_of(name: str) -> list:
         return read_cells(out / f"{name}.json", config_of(name))
 
-    chosen, todo = [name for name in NAMES if {name, "all"} & set(args.studies)], []
-    if made_with["data"]["data"] == "folder:" and (drawn := [name for name in chosen if name in DRAWN]):
-        raise UserError(
-            f"--data {config['data'].data}: {', '.join(drawn)} need scenes that are drawn by code"
-        )
+    todo = []
     for name in chosen:
         todo += [(name, cell) for cell in missing_cells(name, cells_of(name), args.seeds)]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train_refiner
 import vsr
-from evaluate import method_name
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS
 from studies.runner import SeedModels, Setup, generate_all, models_of, score_refiners
@@ -109,7 +109,7 @@ def run(setup: Setup, seed: int) -> dict:
         chosen[way] = min(errors[way], key=errors[way].get)
     test = ways(setup, models, models.test["tokens"], n, seed, chosen)
     others = {way: test[way][name] for way, name in chosen.items()}
-    refiners = {method_name(reading): refiner for reading, refiner in models.trained.refiners.items()}
+    refiners = by_method(models.trained.refiners)
     result = score_refiners(setup, models, refiners, seed, others)
     return {**result, "chosen": chosen, "validation": errors}
 

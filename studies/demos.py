@@ -9,7 +9,7 @@ closed at each K; against it, curves that are flat.
 
 import evaluate
 import train_refiner
-from evaluate import method_name
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS, estimate, values_of
 from studies.runner import Setup, at_most, models_of, score_refiners
@@ -25,7 +25,7 @@ def run(setup: Setup, seed: int, num_demos: int) -> dict:
     changes = at_most(SIZES, setup.config)
     changes["data"] = {"num_demos": num_demos, "palette": "sentence"}
     models = models_of(setup, seed, train_refiner.READINGS, f"demos{num_demos}", changes)
-    refiners = {method_name(reading): refiner for reading, refiner in models.trained.refiners.items()}
+    refiners = by_method(models.trained.refiners)
     return score_refiners(setup, models, refiners, seed)
 
 

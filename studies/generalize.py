@@ -14,7 +14,7 @@ import data
 import evaluate
 import train_refiner
 from data import TASKS
-from evaluate import method_name
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS
 from studies.runner import Setup, fit, models_of, replay, score_refiners
@@ -42,7 +42,7 @@ def run(setup: Setup, seed: int) -> dict:
     other = "glyphs" if setup.config["data"].data == "shapes" else "shapes"
     unseen = replace(setup.config["data"], data=other)
     models = models_of(setup, seed, train_refiner.READINGS, test_data=unseen)
-    default = {method_name(reading): refiner for reading, refiner in models.trained.refiners.items()}
+    default = by_method(models.trained.refiners)
     return {**result, "other": score_refiners(setup, models, default, seed)}
 
 

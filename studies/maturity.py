@@ -200,6 +200,5 @@ def plot(path, cells: list) -> None:
         report.log_x(axis, list(groups))
         axis.set_xticks(list(groups), [f"{steps:,}" for steps in groups])
         axis.set(xlabel="pretraining steps", ylabel=measure)
-    lines = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside right center", frameon=False, fontsize=8)
+    report.legend_outside(figure, "right center", fontsize=8)
     report.save(figure, path)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train_refiner
-from evaluate import method_name
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS, estimate
 from studies.runner import Setup, at_most, force_all, generate_all, models_of, score_refiners
@@ -58,7 +58,7 @@ def run(setup: Setup, seed: int, scale: int) -> dict:
         LORA: generate_all(setup, lora, models.test["tokens"]).tokens,
         LORA + evaluate.OF_FORCED: force_all(setup, lora, models.test["tokens"]).tokens,
     }
-    refiners = {method_name(reading): refiner for reading, refiner in trained.refiners.items()}
+    refiners = by_method(trained.refiners)
     result = score_refiners(setup, models, refiners, seed, others)
     return {**result, "tried": tried, "steps": budget[LORA]}
 
@@ -115,6 +115,5 @@ def plot(path, cells: list) -> None:
                 axis.set_xlabel("token position t (raster order)" if k else "")
                 if j == 0:
                     axis.set_ylabel("accumulated" if k else "cosine error")
-    lines = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside upper center", ncols=len(lines[0]), frameon=False)
+    report.legend_outside(figure, "upper center", ncols=1 + len(ROWS))
     report.save(figure, path)

@@ -193,6 +193,12 @@ def legend(axis) -> None:
     axis.legend(fontsize=8, frameon=False)
 
 
+def legend_outside(figure: Figure, where: str, **options) -> None:
+    """One legend for all panels, that of the first."""
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc=f"outside {where}", frameon=False, **options)
+
+
 def plot_stacked(path, cells: list, methods) -> None:
     """What remains of greedy decoding's error: made after true tokens too, or only after own mistakes."""
     rows = {"ar_greedy": "teacher_forced", **{method: method + evaluate.OF_FORCED for method in methods}}
@@ -209,9 +215,7 @@ def plot_stacked(path, cells: list, methods) -> None:
             axis.plot(seeds, [y] * len(seeds), ".", color="#222222", markersize=3)
         axis.set_yticks(place, rows if axis is figure.axes[0] else [""] * len(rows), fontsize=8)
         axis.set(title=group, xlabel="share of greedy decoding's error", xlim=(0, None))
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
-    )
+    legend_outside(figure, "upper left", ncols=2)
     save(figure, path)
 
 

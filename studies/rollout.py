@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import train_refiner
 import vsr
 from data import TASKS
-from evaluate import method_name
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS
 from studies.runner import OURS, READINGS, Setup, fit, force_all, models_of, replay, score_refiners
@@ -101,7 +101,7 @@ def run(setup: Setup, seed: int) -> dict:
         logits, tokens = refined @ codebook.T, vsr.nearest_code(target, codebook)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
-    refiners = {method_name(reading): refiner for reading, refiner in models.trained.refiners.items()}
+    refiners = by_method(models.trained.refiners)
     for method, reading in zip(WITH_CROSS_ENTROPY, train_refiner.READINGS, strict=True):
         options = {"loss_function": cross_entropy, "make": Scaled}
         known = (method, rollouts, targets, seed, reading.split("+"))

@@ -708,8 +708,7 @@ def shipped_scores(count: int) -> dict:
     sentences = data.Sentences(data.DataConfig(), seed=0)
     images, task = data.joined(sentences.batches("test", count))
     tokens = evaluate.encode_sentences(tokenizer, sentences, "test", count, CPU, FLOAT)
-    refiners = {evaluate.method_name(reading): refiner for reading, refiner in refiners.items()}
-    written = evaluate.decode_methods(tokenizer, backbone, refiners, tokens, FLOAT)
+    written = evaluate.decode_methods(tokenizer, backbone, evaluate.by_method(refiners), tokens, FLOAT)
     scores = evaluate.score_methods(tokenizer, written, images[:, -1], task, FLOAT)
     return {
         m: {name: {k: round(s[k], 5) for k in ALLOWED} for name, s in by.items()} for m, by in scores.items()

@@ -345,16 +345,12 @@ def test_tokens_of_many_images_are_decoded_in_their_order(run):
     assert torch.allclose(images, run.tokenizer.decode(tokens), atol=1e-5)
 
 
-def by_method(refiners: dict) -> dict:
-    return {evaluate.method_name(reading): refiner for reading, refiner in refiners.items()}
-
-
 @torch.no_grad()
 def test_each_method_writes_what_its_name_says(run):
     """Against the models called one by one, for more sentences than one batch holds."""
     tokens = torch.randint(24, (70, 4, 16), dtype=torch.int16)
     written = evaluate.decode_methods(
-        run.tokenizer, run.backbone, by_method(run.refiners), tokens, FLOAT, seed=3
+        run.tokenizer, run.backbone, evaluate.by_method(run.refiners), tokens, FLOAT, seed=3
     )
     prompt, y_true = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
     codebook = F.normalize(run.tokenizer.codebook.weight, dim=-1)
@@ -656,7 +652,7 @@ def test_an_evaluation_measures_the_test_split_and_the_tokenizer_on_the_validati
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     tokens = run.tokenizer.encode(images.flatten(0, 1)).view(70, 4, 16)
     written = evaluate.decode_methods(
-        run.tokenizer, run.backbone, by_method(run.refiners), tokens, FLOAT, seed=3
+        run.tokenizer, run.backbone, evaluate.by_method(run.refiners), tokens, FLOAT, seed=3
     )
     scores = evaluate.score_methods(run.tokenizer, written, images[:, -1], task, FLOAT)
     assert metrics["methods"].keys() == scores.keys()
