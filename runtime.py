@@ -238,11 +238,10 @@ def stage(path: Path, config: dict, name: str, train) -> dict:
             raise UserError(f"{path}: not a checkpoint of this stage; remove it, or give another --out")
         print(f"{name}: reusing {path}")
         return checkpoint
-    began, unfinished = time.perf_counter(), path.with_suffix(".progress")
+    unfinished = path.with_suffix(".progress")
     made, log = train((unfinished, config))
-    seconds = log["earlier_seconds"] + time.perf_counter() - began
     made = made if isinstance(made, dict) else {"model": made.state_dict()}
-    checkpoint = {"config": config, **made, "log": log, "seconds": seconds}
+    checkpoint = {"config": config, **made, "log": log, "seconds": log["seconds"]}
     if is_first():
         save(path, checkpoint)
         unfinished.unlink(missing_ok=True)
@@ -255,15 +254,15 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     progress: None, or (file, configuration). Every `every` steps the file gets all that the loop changes:
     `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is there at
     the start, all of it is put back, and the weights at the end are those of a training that was not
-    interrupted (with dropout, on a CPU only: a GPU's random state is not kept). log["earlier_seconds"]: of
-    earlier attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Raises
-    UserError for another configuration, and for weights that are not finite: they are not saved.
+    interrupted (with dropout, on a CPU only: a GPU's random state is not kept). log["seconds"]: how long
+    they took, in all attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt.
+    Raises UserError for another configuration, and for weights that are not finite: they are not saved.
     """
-    log["earlier_seconds"], first = 0.0, 0
+    log["seconds"], first = 0.0, 0
     if progress and progress[0].is_file():
         first = resume(name, log, parts, *progress)
         print(f"{name}: goes on at {unit} {first} of {steps}")
-    began, earlier, interrupted = time.perf_counter(), log["earlier_seconds"], threading.Event()
+    began, interrupted = time.perf_counter() - log["seconds"], threading.Event()
 
     def interrupt(*_) -> None:
         interrupted.set()
@@ -278,12 +277,12 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
         try:
             for step in range(first, steps):
                 yield step  # here the loop does its work
+                log["seconds"] = time.perf_counter() - began
                 stops, due = interrupted.is_set(), step % every == every - 1
                 if progress and is_first() and (stops or due) and finite():
                     content = {"config": progress[1], "step": step + 1, "random": torch.get_rng_state()}
                     content["parts"] = {key: state_of(part) for key, part in parts.items()}
-                    seconds = earlier + time.perf_counter() - began
-                    save(progress[0], {**content, "log": {**log, "earlier_seconds": seconds}})
+                    save(progress[0], {**content, "log": log})
                     saved = step + 1
                 if stops and is_first():  # one that left earlier would keep it from saving
                     raise KeyboardInterrupt(f"{name}: {unit} {saved} of {steps} is saved")

@@ -162,7 +162,7 @@ def run(setup: Setup, seed: int, backbone: str) -> dict:
     for reading in train_refiner.READINGS:
         options = {"reads": reading.split("+"), "steps": setup.config["study"].steps}
         name = method_name(reading)
-        refiners[name], _, _ = fit(setup, models, name, *known, seed, **options)
+        refiners[name], _ = fit(setup, models, name, *known, seed, **options)
     return {**score_refiners(setup, models, refiners, seed), "backbone_params": count(model)}
 
 

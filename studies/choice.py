@@ -168,7 +168,7 @@ def run(setup: Setup, seed: int) -> dict:
     for method, reads in READINGS.items():
         for target in TARGETS:
             name, steps = f"{method}, {target}", setup.config["study"].steps
-            refiner, _, _ = fit(setup, models, name, rollouts, targets[target], seed, reads, steps=steps)
+            refiner, _ = fit(setup, models, name, rollouts, targets[target], seed, reads, steps=steps)
             for of, rollout in tests.items():
                 written[f"{name}, of {of}"] = refine_all(setup, models, refiner, rollout)
     written["truth"] = models.test["tokens"][:, -1]  # what the tokenizer leaves of it

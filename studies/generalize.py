@@ -36,7 +36,7 @@ def run(setup: Setup, seed: int) -> dict:
     for unseen, rows in zip(("none", *TASKS), (torch.arange(len(task)), *seen), strict=True):
         name = f"without {unseen}"
         options = {"rows": rows[:fewest], "steps": setup.config["study"].steps}
-        refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, **options)
+        refiners[name], _ = fit(setup, models, name, rollouts, targets, seed, **options)
     result = score_refiners(setup, models, refiners, seed)
 
     other = "glyphs" if setup.config["data"].data == "shapes" else "shapes"

@@ -62,12 +62,11 @@ class Fresh:
 
 
 def pretrained(setup: Setup, name: str, config, fresh: Fresh, val: torch.Tensor, V: int, seed: int):
-    """A backbone after `config.steps` steps on fresh sentences -> (frozen backbone, log, seconds)."""
+    """A backbone after `config.steps` steps on fresh sentences -> (frozen backbone, log)."""
     run = (setup.device, setup.dtype, seed)
     made_with = {"gpt": asdict(config), "tokenizer": runtime.fingerprint(fresh.tokenizer.state_dict())}
-    progress, began = setup.progress(name, made_with), time.perf_counter()
-    backbone, log = train_refiner.train_backbone(config, fresh, val, V, *run, progress=progress)
-    return backbone, log, log["earlier_seconds"] + time.perf_counter() - began
+    progress = setup.progress(name, made_with)
+    return train_refiner.train_backbone(config, fresh, val, V, *run, progress=progress)
 
 
 def wider_config(backbone: GPT, refiner, steps: int, shape: tuple):
@@ -91,7 +90,8 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     config = replace(setup.config["gpt"], steps=steps, batch_size=BATCH)
     val, codebook = base.trained.tokens["val"], base.codebook.cpu()
     known = (Fresh(setup, base, sentences), val, V, seed)
-    backbone, log, seconds["pretraining"] = pretrained(setup, "pretraining", config, *known)
+    backbone, log = pretrained(setup, "pretraining", config, *known)
+    seconds["pretraining"] = log["seconds"]
     models = base._replace(trained=base.trained._replace(backbone=backbone))
 
     # Rollouts on sentences that it has not seen, and the refiners
@@ -107,7 +107,8 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     refiners, seconds["rollouts"] = {}, time.perf_counter() - began
     for method, reads in READINGS.items():
         known = (rollouts, targets, seed, reads)
-        refiners[method], _, seconds[method] = fit(setup, models, method, *known, steps=study.steps)
+        refiners[method], fit_log = fit(setup, models, method, *known, steps=study.steps)
+        seconds[method] = fit_log["seconds"]
 
     def error_of(y: torch.Tensor, split: str = "val") -> float:
         return vsr.cosine_error(y.long(), targets[split].long(), codebook).mean().item()
@@ -131,7 +132,8 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
         shape = (V, *val.shape[:0:-1])
         config = wider_config(backbone, refiners[method_name(OURS)], steps + budget[TUNED[0]], shape)
         known = (Fresh(setup, base, sentences), val, V, seed)
-        model, _, seconds["wider backbone"] = pretrained(setup, "wider", config, *known)
+        model, wider_log = pretrained(setup, "wider", config, *known)
+        seconds["wider backbone"] = wider_log["seconds"]
         use("wider backbone", model)
 
     for temperature in TEMPERATURES:

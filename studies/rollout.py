@@ -105,11 +105,11 @@ def run(setup: Setup, seed: int) -> dict:
     for method, reading in zip(WITH_CROSS_ENTROPY, train_refiner.READINGS, strict=True):
         options = {"loss_function": cross_entropy, "make": Scaled}
         known = (method, rollouts, targets, seed, reading.split("+"))
-        refiners[method], _, _ = fit(setup, models, *known, **options)
+        refiners[method], _ = fit(setup, models, *known, **options)
     for reading in READINGS:
         for name, given in inputs.items():
             method = f"{method_name(reading)}, {name}"
-            refiners[method], _, _ = fit(setup, models, method, given, targets, seed, reading.split("+"))
+            refiners[method], _ = fit(setup, models, method, given, targets, seed, reading.split("+"))
     return {**score_refiners(setup, models, refiners, seed), "greedy_error_rate": rate}
 
 

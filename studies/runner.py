@@ -5,7 +5,6 @@ Every comparison is paired: all methods of a seed have its tokenizer, its backbo
 sentences.
 """
 
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -182,7 +181,7 @@ def fit(
     setup: Setup, models: SeedModels, name: str, rollouts: dict, targets: dict, seed: int, reads=READS,
     rows=slice(None), loss_function=vsr.cosine_loss, make=Refiner, **changes,
 ):  # fmt: skip
-    """Train one more refiner -> (refiner, log, seconds).
+    """Train one more refiner -> (refiner, log).
 
     name: of the setting, another one for each refiner of a cell; an interrupted training goes on where it
     was. rows: which of the training rollouts it may see. changes: fields of `RefinerConfig`.
@@ -195,12 +194,10 @@ def fit(
     targets = {**targets, "train": targets["train"][rows]}
     made_with = {"refiner": asdict(config), "reads": "+".join(reads), "rollouts": len(targets["train"])}
     made_with["backbone"] = runtime.fingerprint(models.trained.backbone.state_dict())
-    began = time.perf_counter()
-    refiner, log = train_refiner.train_refiner(
+    return train_refiner.train_refiner(
         config, reads, models.codebook, models.grid, rollouts, targets, setup.device, setup.dtype, seed,
         loss_function, make, setup.progress(name, made_with),
     )  # fmt: skip
-    return refiner, log, log["earlier_seconds"] + time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -222,10 +219,10 @@ def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
     refiners, cost = {}, {}
     for name, options in settings.items():
         options = {"steps": setup.config["study"].steps, **options}
-        refiners[name], log, seconds = fit(setup, models, name, rollouts, targets, seed, **options)
+        refiners[name], log = fit(setup, models, name, rollouts, targets, seed, **options)
         cost[name] = {
             "params": count(refiners[name]),
-            "seconds": seconds,
+            "seconds": log["seconds"],
             "train_loss": log["loss"][-1],
             "val_loss": log["val_loss"][-1],
         }

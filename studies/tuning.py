@@ -1,7 +1,6 @@
 """The backbone itself, tuned further: rivals of a refiner, for `maturity` and `positions`."""
 
 import copy
-import time
 
 import torch
 import torch.nn as nn
@@ -78,8 +77,8 @@ def own_prefix_loss(setup: Setup, backbone: GPT, tokens: torch.Tensor, written: 
 def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch_of, seed: int):
     """Tune a copy of the backbone for some steps of one cycle -> (backbone, seconds)."""
     torch.manual_seed(seed)
-    log, began = {}, time.perf_counter()
-    backbone, peak = copy.deepcopy(backbone).requires_grad_(True), setup.config["gpt"].learning_rate * rate
+    log, backbone = {}, copy.deepcopy(backbone).requires_grad_(True)
+    peak = setup.config["gpt"].learning_rate * rate
     if kind.startswith("LoRA"):
         adapters = add_lora(backbone, setup.config["study"].lora_rank)
         optimizers = [torch.optim.AdamW(adapters, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -97,7 +96,7 @@ def tuned(setup: Setup, kind: str, backbone: GPT, steps: int, rate: float, batch
             loss, backbone, optimizers, train_refiner.scheduled_rate(step, steps, peak)
         )
     merge_lora(backbone)
-    return backbone.eval(), log["earlier_seconds"] + time.perf_counter() - began
+    return backbone.eval(), log["seconds"]
 
 
 def equal_steps(setup: Setup, models: SeedModels, rollouts: int, steps: int, batch_size: int) -> dict:

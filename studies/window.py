@@ -84,7 +84,7 @@ def run(setup: Setup, seed: int, kind: str) -> dict:
     for start in STARTS:
         for radius in RADII:
             make, name = functools.partial(Windowed, radius=radius, start=start), name_of(radius, start)
-            refiners[name], _, _ = fit(setup, models, name, rollouts, targets, seed, make=make, **options)
+            refiners[name], _ = fit(setup, models, name, rollouts, targets, seed, make=make, **options)
     if kind == "default":
         return score_refiners(setup, models, refiners, seed)
     written = {"sampled": tests["sampled"].tokens}

@@ -122,7 +122,7 @@ def fitted(monkeypatch):
         number = len(noted) + 1
         given.refiner, noted[name] = stub(name, given.reads, number), given
         log = {"loss": [9.0, 10.0 + number], "val_loss": [8.0, 20.0 + number]}
-        return given.refiner, {**log, "earlier_seconds": 1000.0 * number}
+        return given.refiner, {**log, "seconds": 1000.0 * number}
 
     monkeypatch.setattr(train_refiner, "train_refiner", train)
     return noted
@@ -209,7 +209,7 @@ def test_only_the_first_rollouts_of_each_split_are_replayed(setup):
 def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     models = models_with(Backbone())
     rollouts, targets = runner.replay(setup, models, vsr.SOURCES)
-    refiner, log, seconds = runner.fit(
+    refiner, log = runner.fit(
         setup, models, "name", rollouts, targets, 5, ("tokens",), rows, F.mse_loss, rollout.Scaled, steps=3
     )
     given = fitted["name"]
@@ -220,7 +220,6 @@ def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     assert (given.loss_function, given.make) == (F.mse_loss, rollout.Scaled)
     assert refiner is given.refiner
     assert log["val_loss"][-1] == 21
-    assert 1000 <= seconds < 1010, "with what an earlier attempt took"
 
 
 def test_each_setting_has_its_own_refiner_and_cost(setup, fitted, scored, monkeypatch):
@@ -378,7 +377,7 @@ def test_the_length_of_a_scaled_refiner_is_trained(setup):
     models = models_with(Backbone())
     setup.config["refiner"].batch_size = 8
     known = (setup, models, "x", *runner.replay(setup, models), 5, ("tokens", "query"))
-    refiner, _, _ = runner.fit(*known, make=rollout.Scaled, loss_function=F.mse_loss, steps=2)
+    refiner, _ = runner.fit(*known, make=rollout.Scaled, loss_function=F.mse_loss, steps=2)
     assert 1e-4 < abs(refiner.log_length.exp() - 10) < 1
 
 
@@ -683,8 +682,9 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
             "val_loss": [3.0, 2.0],
             "val_target_loss": [1.0],
             "val_target_accuracy": [0.5],
+            "seconds": 90.0,
         }
-        return Backbone({"pretraining": 50.0, "wider": 60.0}[name]), log, 90.0
+        return Backbone({"pretraining": 50.0, "wider": 60.0}[name]), log
 
     def tune(setup, kind, models, known, budget, batch_size, seed):
         assert models.trained.backbone.head.weight.item() == 50
@@ -940,7 +940,7 @@ def test_tokenizers_are_trained_without_and_with_the_adversarial_loss(setup, mon
     monkeypatch.setattr(
         train_refiner,
         "train_tokenizer",
-        lambda config, sentences, *_: (config.gan_weight, {"earlier_seconds": 1000.0 * config.gan_weight}),
+        lambda config, sentences, *_: (config.gan_weight, {"seconds": 1000.0 * config.gan_weight}),
     )
     monkeypatch.setattr(vqgan, "score_tokenizer", lambda model, sentences, split, _: {"made": (model, split)})
     result = adversarial.run(setup, 5)

@@ -495,7 +495,7 @@ def stages(tmp_path_factory):
             key = "+".join(arguments["reads"]) if name == "train_refiner" else name
             given[key] = SimpleNamespace(**arguments)
             if name == "make_rollouts":
-                return arguments["tokens"][:, 0], {"earlier_seconds": 0.0}
+                return arguments["tokens"][:, 0], {"seconds": 0.0}
             model, log = functions[name](*args, **options)
             made[key] = weights_of(model)
             return model, log
