@@ -36,6 +36,7 @@ from runtime import UserError
 SPLITS = ("train", "val", "test")
 TASKS = ("colorize", "inpaint", "edges")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CLOSED = "folders that cannot be opened"
 HIDDEN = (".", "@", "$", "__MACOSX")  # what systems put beside files: ._a.png, @eaDir, $RECYCLE.BIN
 SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
@@ -139,7 +140,7 @@ def draw_layers(masks: torch.Tensor, n: int, generator: torch.Generator, apart: 
     def pick(high):
         return torch.randint(high, (n,), generator=generator)
 
-    background = BACKGROUNDS[pick(4)][:, :, None, None]
+    background = BACKGROUNDS[pick(len(BACKGROUNDS))][:, :, None, None]
     steps = [torch.arange(-2, 3)] * 4
     places = torch.cartesian_prod(*steps).view(-1, 2, 2)  # (625, 2 objects, row and column)
     places = places[(places[:, 0] - places[:, 1]).abs().amax(1) >= apart]  # with 2: (456, 2, 2)
@@ -180,7 +181,7 @@ def load_image(path, size: int) -> torch.Tensor:
     Raises UserError, naming the file, if it cannot be read as an image.
     """
     try:
-        with warnings.catch_warnings(record=True), Image.open(path) as image:  # what cannot be read, raises
+        with warnings.catch_warnings(record=True), Image.open(path) as image:  # unreadable: raises
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
             turn = None
@@ -214,7 +215,11 @@ def given_split(path: Path) -> str | None:
 def image_files(root: Path) -> tuple[list[Path], defaultdict]:
     """All image files below `root`, links followed, and the other files: {what they are: [path, ...]}."""
     images, others, seen = [], defaultdict(list), set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def refused(error):
+        others[CLOSED].append(error.filename)
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refused):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         if (real := os.path.realpath(folder)) in seen:  # two links to one folder, or a circle
             folders.clear()
@@ -232,7 +237,8 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
 
     Returns {"train", "val", "test": (n, 3, size, size) uint8}, held in memory (3 KB an image at 32 x 32).
     Sub-folders train, val and test, in any usual spelling, are the splits. Without them each image's content
-    decides (`split_of`): on every machine alike, in whatever order the files come. Copies count once.
+    decides (`split_of`): on every machine alike, in whatever order the files come. Copies count once,
+    and so do mirror images: the first by name.
     """
     root, flag = Path(folder).expanduser(), f"--data folder:{folder}"
     if not root.is_dir():
@@ -254,18 +260,18 @@ def load_folder(folder: str, size: int) -> dict[str, torch.Tensor]:
             left_out["unreadable"].append(error)
             continue
         pixels = to_uint8(image)
-        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
-        if key in seen:  # it could be demonstration and query at once
+        keys = [hashlib.sha256(x.numpy().tobytes()).digest() for x in (pixels, pixels.flip(-1))]
+        if keys[0] in seen:  # it could be demonstration and query at once, and `scenes` mirrors
             left_out["copies"].append(path)
             continue
-        seen.add(key)
+        seen.update(keys)
         found[given[path] or SPLITS[split_of(image[None])]].append(pixels)
     said = ", ".join(f"{len(images)} {split}" for split, images in found.items()) + " images"
     if colours := sorted(x.flatten(1).unique(dim=1).shape[1] for x in found["train"][:256]):
         said += f", {colours[len(colours) // 2]} colours in the median one"
     if left_out:
         said += "; left out: " + ", ".join(f"{len(x)} {why}" for why, x in left_out.items())
-        for why in ("unreadable", "beside the splits"):  # of these one wants to see an example
+        for why in ("unreadable", CLOSED, "beside the splits"):  # of these one wants to see an example
             said += f"; first {why}: {left_out[why][0]}" if why in left_out else ""
     if min(map(len, found.values())) < 4:
         raise UserError(f"{flag}: each split needs 4 different images ({', '.join(IMAGE_ENDINGS)}): {said}")
@@ -403,12 +409,17 @@ def to_float(images) -> torch.Tensor:
 
 
 def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str = "") -> None:
-    """Write a labelled grid of pictures: equally long rows of images (3, H, W) and maps (H, W) in [0, 1]."""
+    """Write a labelled grid of pictures: equally long rows of images (3, H, W) and maps (H, W).
+
+    Of a map black is 0, and the brightest 1 or more.
+    """
     size = max(cell.shape[-1] for row in rows for cell in row)
 
     def tile(cell):  # -> (size + border, size + border, 3) uint8
-        rgb = to_uint8(cell).permute(1, 2, 0).cpu().numpy() if cell.ndim == 3 else None
-        rgb = colormaps["magma"](cell.float().cpu().numpy(), bytes=True)[..., :3] if rgb is None else rgb
+        if cell.ndim == 3:
+            rgb = to_uint8(cell).permute(1, 2, 0).cpu().numpy()
+        else:
+            rgb = colormaps["magma"](cell.float().cpu().numpy(), bytes=True)[..., :3]
         rgb = rgb.repeat(size // len(rgb), 0).repeat(size // len(rgb), 1)
         return np.pad(rgb, [(size // 20, size // 20)] * 2 + [(0, 0)], constant_values=255)
 
@@ -417,7 +428,7 @@ def save_picture(path, rows: list, row_labels=(), column_labels=(), title: str =
     axis, pitch = figure.subplots(), size + 2 * (size // 20)
     axis.imshow(picture, interpolation="nearest")
     axis.spines[:].set_visible(False)
-    columns = [textwrap.fill(label.replace("_", " "), 12) for label in column_labels]
+    columns = [textwrap.fill(label.replace("_", " "), 12, break_long_words=False) for label in column_labels]
     axis.set_xticks([(i + 0.5) * pitch for i in range(len(columns))], columns, fontsize=8)
     axis.set_yticks([(i + 0.5) * pitch for i in range(len(row_labels))], row_labels, fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)

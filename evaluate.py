@@ -48,7 +48,7 @@ OF_FORCED = " of teacher_forced"  # ends the names of what was made of the teach
 def reading(text: str) -> str:
     """The name of what a refiner reads, "tokens+query" for instance, in the order of `vsr.SOURCES`."""
     if not set(text.split("+")) <= set(vsr.SOURCES):
-        raise ValueError(f"{text}: expected one or more of {', '.join(vsr.SOURCES)}, joined by +")
+        raise UserError(f"{text}: expected one or more of {', '.join(vsr.SOURCES)}, joined by +")
     return "+".join(source for source in vsr.SOURCES if source in text.split("+"))
 
 
@@ -84,13 +84,13 @@ def decode_methods(tokenizer: VQGAN, backbone: GPT, refiners: dict, tokens, auto
     generator, written = torch.Generator().manual_seed(seed), {}
     for part in tokens.split(64):
         prompt = part[:, :-1].flatten(1).long().to(device)  # (B, P)
-        y_true = part[:, -1].long().to(device)  # (B, N)
+        target_tokens = part[:, -1].long().to(device)  # (B, N)
         with autocast:
             rollout = backbone.generate(prompt, N)
-            forced = backbone.replay(prompt, y_true)
+            forced = backbone.replay(prompt, target_tokens)  # its states: (B, N, C)
             forced = forced._replace(tokens=backbone.logits(forced.states).argmax(-1))
             sampled = backbone.generate(prompt, N, 1.0, generator=generator)
-            now = {"vqgan_limit": y_true, "teacher_forced": forced.tokens}
+            now = {"vqgan_limit": target_tokens, "teacher_forced": forced.tokens}
             now |= {"ar_greedy": rollout.tokens, "ar_sampled": sampled.tokens}
             for of, given in (("", rollout), (OF_FORCED, forced)):
                 logits = backbone.logits(given.states)
@@ -112,10 +112,10 @@ def decode_images(tokenizer: VQGAN, tokens: torch.Tensor, autocast) -> torch.Ten
 
 def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: torch.Tensor, autocast) -> dict:
     """Measure each method on all sentences and by task, against the true images (S, 3, H, W)."""
-    codebook, y_true, scores = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"], {}
+    codebook, target_tokens, scores = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"], {}
     groups = {"all": task >= 0, **{name: task == number for number, name in enumerate(TASKS)}}  # {name: (S,)}
     for method, y in written.items():
-        error = vsr.cosine_error(y, y_true, codebook)  # (S, N)
+        error = vsr.cosine_error(y, target_tokens, codebook)  # (S, N)
         images = decode_images(tokenizer, y, autocast)
         psnr, ssim = vqgan.psnr(images, truth), vqgan.ssim(images, truth)  # (S,)
         scores[method] = {}
@@ -124,7 +124,7 @@ def score_methods(tokenizer: VQGAN, written: dict, truth: torch.Tensor, task: to
             scores[method][name] = {
                 "cosine_error": by_position.mean().item(),
                 "auc": by_position.sum().item(),
-                "token_accuracy": (y == y_true)[rows].float().mean().item(),
+                "token_accuracy": (y == target_tokens)[rows].float().mean().item(),
                 "psnr": psnr[rows].mean().item(),
                 "ssim": ssim[rows].mean().item(),
                 "cosine_error_by_position": by_position.tolist(),
@@ -146,16 +146,17 @@ def exposure_removed(scores: dict, method: str, name: str) -> float:
 
 def format_table(scores: dict) -> str:
     """The results as text, one line a method."""
-    names = ("all", *TASKS)
-    head = f"{'':22}{'cosine error (lower is better)':^40}{'gap':>8}{'exposure':>10}{'token':>7}"
-    below = " " * 22 + "".join(f"{name:>10}" for name in names) + f"{'closed':>8}{'removed':>10}{'acc.':>7}"
+    names, methods = ("all", *TASKS), [method for method in scores if not method.endswith(OF_FORCED)]
+    wide = max(22, *(len(method) + 1 for method in methods))
+    head = f"{'':{wide}}{'cosine error (lower is better)':^40}{'gap':>8}{'exposure':>10}{'token':>7}"
+    below = " " * wide + "".join(f"{name:>10}" for name in names) + f"{'closed':>8}{'removed':>10}{'acc.':>7}"
     below += "".join(f"{name:>8}" for name in ("all", "color", *TASKS[1:]))
     lines = [head + f"{'PSNR in dB':^32}", below]
-    for method in (method for method in scores if not method.endswith(OF_FORCED)):
+    for method in methods:
         score, shares = scores[method], [""] * 2
         if has_gap(method):
             shares = [f"{share(scores, method, 'all'):.2f}" for share in (gap_closed, exposure_removed)]
-        row = f"{method:22}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in names)
+        row = f"{method:{wide}}" + "".join(f"{score[name]['cosine_error']:10.4f}" for name in names)
         row += f"{shares[0]:>8}{shares[1]:>10}{score['all']['token_accuracy']:7.3f}"
         lines.append(row + "".join(f"{score[name]['psnr']:8.2f}" for name in names))
     return "\n".join(lines)
@@ -167,15 +168,17 @@ def has_gap(method: str) -> bool:
     return repairs and not method.endswith(OF_FORCED)
 
 
-def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, params: dict) -> str:
+def evaluate_run(out: Path, trained, sentences, setting: dict, params: dict) -> str:
     """Stage 5: measure a run on test sentences, write metrics.json and pictures; returns what to print.
 
-    trained: `train_refiner.Trained`. images (S, 2K+2, 3, H, W), task (S,). setting: its configuration.
+    trained: `train_refiner.Trained`. setting: its configuration.
     """
     began, tokenizer, log = time.perf_counter(), trained.tokenizer, trained.logs["backbone"]
     device = tokenizer.codebook.weight.device
     autocast = runtime.autocast(device, getattr(torch, setting["dtype"]))
-    tokens = encode_sentences(tokenizer, sentences, "test", len(task), device, autocast)
+    total = sentences.config.eval_sentences
+    images, task = data.joined(sentences.batches("test", total))  # (S, 2K+2, 3, H, W), (S,)
+    tokens = encode_sentences(tokenizer, sentences, "test", total, device, autocast)
     models = (tokenizer, trained.backbone, by_method(trained.refiners))
     written = decode_methods(*models, tokens, autocast, setting["seed"])
     scores = score_methods(tokenizer, written, images[:, -1], task, autocast)
@@ -183,24 +186,24 @@ def evaluate_run(out: Path, trained, sentences, images, task, setting: dict, par
     plot_training(out / "training.png", trained.logs)
     save_samples(out / "samples.png", tokenizer, written, images, task, autocast)
     save_reconstructions(out / "reconstructions.png", tokenizer, sentences, "test", autocast)
-    seconds = {**trained.seconds, "evaluation": time.perf_counter() - began}
     losses = {name: log[name][-1] for name in ("loss", "val_loss", "val_target_loss", "val_target_accuracy")}
     quality = vqgan.score_tokenizer(tokenizer, sentences, "val", autocast)
+    seconds = {**trained.seconds, "evaluation": time.perf_counter() - began}
     metrics = {"config": setting, "seconds": seconds, "params": params, "tokenizer": quality}
     runtime.save(out / "metrics.json", {**metrics, "backbone": losses, "methods": scores})
-    lines = [f"\n{len(task)} test sentences\n", format_table(scores), ""]
+    lines = [f"\n{total} test sentences\n", format_table(scores), ""]
     for name, values in (("tokenizer", quality), ("backbone", losses), ("seconds", seconds)):
         lines.append(f"{name:12}" + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None))
     lines.append(f"\nall {sum(seconds.values()):.0f} seconds; metrics and pictures are in {out}")
     return "\n".join(lines)
 
 
-def new_figure(panels: int, labels: str):
+def new_figure(panels: int, xlabel: str):
     """A figure with a row of panels, and its axes, without frames."""
     figure = Figure(figsize=(3.25 * panels, 3.6), layout="constrained", dpi=120)
     axes = figure.subplots(1, panels)
     for axis in axes:
-        axis.set_xlabel(labels)
+        axis.set_xlabel(xlabel)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -239,7 +242,8 @@ def plot_training(path, logs: dict) -> None:
     for name, label in (("val_loss", "validation"), ("val_target_loss", "validation, last image")):
         cross_entropy.plot(log["val_step"], log[name], "o-", markersize=3, label=label)
     cross_entropy.set(title="backbone", ylabel="cross-entropy in nats per token")
-    for method, log in ((method_name(n[8:]), log) for n, log in logs.items() if n.startswith("refiner_")):
+    for name in (name for name in logs if name.startswith("refiner_")):
+        method, log = method_name(name.removeprefix("refiner_")), logs[name]
         cosine.plot(log["step"], log["loss"], color=COLOURS[method], linewidth=0.6, alpha=0.6)
         cosine.plot(log["val_step"], log["val_loss"], "o-", color=COLOURS[method], markersize=3, label=method)
     cosine.set(title="refiners", ylabel="cosine loss", yscale="log")
@@ -267,13 +271,13 @@ def save_samples(path, tokenizer: VQGAN, written: dict, images, task, autocast) 
 
     The rows are chosen by `median_and_largest`. images: (S, 2K+2, 3, H, W).
     """
-    codebook, y_true = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"]
+    codebook, target_tokens = tokenizer.codebook.vectors.cpu(), written["vqgan_limit"]
     shown = ["ar_greedy", *(m for m in written if has_gap(m) and m != "expected_embedding")]
-    chosen = median_and_largest(vsr.cosine_error(written["ar_greedy"], y_true, codebook).mean(1), task)
+    chosen = median_and_largest(vsr.cosine_error(written["ar_greedy"], target_tokens, codebook).mean(1), task)
     rows = []
     for _, i in chosen:
         tokens = torch.stack([written[method][i] for method in shown])  # (methods, N)
-        error = vsr.cosine_error(tokens, y_true[i].expand_as(tokens), codebook)
+        error = vsr.cosine_error(tokens, target_tokens[i].expand_as(tokens), codebook)
         made = decode_images(tokenizer, tokens, autocast)
         rows.append([*images[i, :-1], *made, images[i, -1], *error.unflatten(1, tokenizer.grid)])
     titles = [*data.prompt_titles(images.shape[1]), *shown, "truth", *(f"error of {m}" for m in shown)]
@@ -331,7 +335,9 @@ def load_run(path, device) -> tuple[VQGAN, GPT, dict, dict]:
         names = ["tokenizer.pt", "backbone.pt", *(file.name for file in path.glob("refiner_*.pt"))]
         checkpoints = {name: runtime.load_checkpoint(path / name) for name in names}
     else:
-        checkpoints = runtime.load_checkpoint(path).get("checkpoints", {})
+        checkpoints = runtime.load_checkpoint(path).get("checkpoints")
+        if checkpoints is None:
+            raise UserError(f"--run {path}: a single stage; give its folder, or a file that --weights wrote")
     models, weights = {}, {}
     for name, checkpoint in checkpoints.items():  # each after those that it was trained on
         kind, _, reading = name.removesuffix(".pt").partition("_")

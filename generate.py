@@ -58,17 +58,17 @@ def sentences_to_show(args, config: dict) -> tuple[torch.Tensor, bool]:
     return chosen[: args.count], True
 
 
-def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> None:
+def save_animation(path, tokenizer, query, truth, written, refined, target_tokens) -> None:
     """A GIF: the raster is written token by token with its errors in red, then one refining step.
 
-    query, truth: (3, H, W); written, refined, y_true: tokens (N,). If y_true is None no errors are marked.
+    query, truth: (3, H, W); written, refined, target_tokens: (N,). Without the last no errors are marked.
     """
     (h, w), codebook, font = tokenizer.grid, tokenizer.codebook.vectors, ImageFont.load_default(size=14)
     size = max(256 // query.shape[-1], 1) * query.shape[-1]
     before, after = tokenizer.decode(torch.stack([written, refined])).cpu()
     errors = [None, None]
-    if y_true is not None:
-        errors = [vsr.cosine_error(y, y_true, codebook).tolist() for y in (written, refined)]
+    if target_tokens is not None:
+        errors = [vsr.cosine_error(y, target_tokens, codebook).tolist() for y in (written, refined)]
     frames, times = [], []
 
     def panel(image, error=None, known=h * w):
@@ -90,7 +90,7 @@ def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> N
         if error is not None:
             caption += f", {sum(e > 0 for e in error[:known])} wrong"
         panels = {"query": panel(query), caption: panel(image, error, known)}
-        panels |= {"truth": panel(truth)} if y_true is not None else {}
+        panels |= {"truth": panel(truth)} if target_tokens is not None else {}
         frame = Image.new("RGB", (len(panels) * (size + 8) + 8, size + 36), "white")
         for i, (title, picture) in enumerate(panels.items()):
             frame.paste(picture, (8 + i * (size + 8), 28))
@@ -102,7 +102,7 @@ def save_animation(path, tokenizer, query, truth, written, refined, y_true) -> N
         add(f"written: {t} of {h * w}", 80, before, errors[0], t)
     add("written", 1200, before, errors[0])
     add("refined, one pass", 1200, after, errors[1])
-    add("greedy", 600, before)
+    add("generated", 600, before)
     add("refined", 1200, after)
     options = {"append_images": frames[1:], "duration": times, "loop": 0, "optimize": True}
     runtime.write_whole(path, lambda p: frames[0].save(p, save_all=True, **options))
@@ -146,7 +146,8 @@ def parse_arguments():
             if Path(path).suffix.lower() not in endings.split():
                 raise UserError(f"{flag} {path}: expected a file name that ends in one of {endings}")
             runtime.check_writable(Path(path).parent, flag)
-    args.run = args.run or ("runs/toy" if Path("runs/toy").is_dir() else SHIPPED)
+    finished = any(Path("runs/toy").glob("refiner_*.pt"))  # or it is one that has been stopped
+    args.run = args.run or ("runs/toy" if finished else SHIPPED)
     return args
 
 
@@ -171,9 +172,9 @@ def main():
     made = {name: tokenizer.decode(y).cpu() for name, y in written.items()}  # {name: (n, 3, H, W)}
 
     # Compared with the truth, or, if that is not known, with what was generated
-    y_true = tokens[:, -1] if truth_known else rollout.tokens
+    target_tokens = tokens[:, -1] if truth_known else rollout.tokens
     compared = [name for name in written if truth_known or name != "generated"]
-    errors = {name: vsr.cosine_error(written[name], y_true, codebook) for name in compared}  # (n, N)
+    errors = {name: vsr.cosine_error(written[name], target_tokens, codebook) for name in compared}  # (n, N)
     columns = dict(zip(data.prompt_titles(images.shape[1]), images[:, :-1].unbind(1), strict=True)) | made
     if truth_known:
         columns["truth"] = images[:, -1]
@@ -183,7 +184,7 @@ def main():
     print(f"wrote {args.out}: {len(images)} sentences, with the models of {args.run}")
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()
-        print(f"  {name:22} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
+        print(f"  {name:27} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
     refined = [name for name in written if name.startswith("refined_")] or ["parallel"]
     name = "refined_tokens+query" if "refined_tokens+query" in refined else refined[0]
     if args.save:
@@ -192,7 +193,7 @@ def main():
         runtime.write_whole(args.save, image.save)
         print(f"wrote {args.save}, {image.width} x {image.height} pixels, with {name}")
     if args.gif:
-        y_first = y_true[0] if truth_known else None
+        y_first = target_tokens[0] if truth_known else None
         first = (images[0, -2], images[0, -1], rollout.tokens[0], written[name][0], y_first)
         save_animation(args.gif, tokenizer, *first)
         print(f"wrote {args.gif}, with {name}")

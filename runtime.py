@@ -22,8 +22,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-class UserError(ValueError):
-    """Something the user can put right. Commands print its one line and exit with status 2."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """Something the user can put right. Commands, and argparse, print its one line and exit with status 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +73,7 @@ def configs_from_flags(args, classes: dict, preset: dict) -> dict:
 def seed(text: str) -> int:
     """A seed from a flag, 0 to 2^63 - 1; argparse names the flag for any other."""
     if not 0 <= int(text) < 2**63:
-        raise ValueError
+        raise UserError(f"{text}: expected a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -122,8 +122,8 @@ def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torc
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if fast else "float32"
         for path in (run / "tokenizer.pt", run / "tokenizer.progress") if run else ():
-            begun = load_checkpoint(path)["config"].get("run", {}).get("dtype") if path.is_file() else name
-            if begun != name:
+            run_of = load_checkpoint(path)["config"].get("run", {}) if path.is_file() else {}
+            if (begun := run_of.get("dtype", name)) != name:
                 print(f"--dtype {begun}: {run} was begun in it; here, --dtype auto would be {name}")
                 name = begun
     return getattr(torch, name)

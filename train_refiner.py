@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, learning_rate: float, dtype=torch.float32) -> list:
-    """Muon for all that has two dimensions inside the blocks, AdamW for the rest."""
+    """Muon for all that has two dimensions inside the blocks, position biases too, AdamW for the rest."""
     # On an earlier recipe the backbone's validation loss after 500 steps was 1.20 with Muon, and 1.55
     # with AdamW at the better of two learning rates.
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -158,16 +158,16 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
         images = images.to(device, memory_format=torch.channels_last)  # (B, 3, H, W)
 
         with autocast:
-            rebuilt, tokens, z, codebook_loss, commitment_loss = step_model(images)
-        pixels, slopes = F.mse_loss(rebuilt, images), vqgan.gradient_loss(rebuilt, images)
-        reconstruction = pixels + config.gradient_weight * slopes
-        loss = reconstruction + 0.1 * (codebook_loss + config.beta * commitment_loss)
+            rebuilt, tokens, z, codebook_loss, commitment_loss = step_model(images)  # tokens (B, N)
+        reconstruction, gradient = F.mse_loss(rebuilt, images), vqgan.gradient_loss(rebuilt, images)
+        fidelity = reconstruction + config.gradient_weight * gradient
+        loss = fidelity + 0.1 * (codebook_loss + config.beta * commitment_loss)
         adversarial = d_loss = torch.zeros((), device=device)
         if step >= gan_from:
             with autocast:
                 adversarial = vqgan.generator_loss(discriminator, rebuilt)
             last_layer = model.decoder[-1].weight
-            weight = vqgan.adaptive_weight(reconstruction, adversarial, last_layer, runtime.mean_of_all)
+            weight = vqgan.adaptive_weight(fidelity, adversarial, last_layer, runtime.mean_of_all)
             loss = loss + config.gan_weight * weight * adversarial
         optimizer_step(loss, model, [optimizer], rate, clip=None)
         if step >= gan_from:
@@ -183,7 +183,7 @@ def train_tokenizer(config: VQGANConfig, sentences: data.Sentences, device, dtyp
             model.codebook.revive(z.flatten(0, 1), config.revive_every, generator)
         if step % 20 == 0 or step == config.steps - 1:
             runtime.finite_mean(loss, "tokenizer", step, "--vqgan-learning-rate", rate)
-            losses = (pixels, slopes, commitment_loss, adversarial, d_loss)
+            losses = (reconstruction, gradient, commitment_loss, adversarial, d_loss)
             values = [runtime.mean_of_all(x).item() for x in losses] + [len(tokens.unique())]
             log["step"].append(step)
             for name, value in zip(names, values, strict=True):
@@ -199,8 +199,8 @@ def train_backbone(config: GPTConfig, train, val, codebook_size: int, device, dt
                    compile=False, make=GPT, progress=None):  # fmt: skip
     """Pretrain the backbone, a GPT or what `make` builds, on whole sentences -> (frozen model, log).
 
-    train, val: tokens (S, 2K+2, N). `val_loss` is on all tokens of 128 held-out sentences, `val_target_loss`
-    and `val_target_accuracy` on those of their last image.
+    train, val: tokens (S, 2K+2, N). `val_loss` is on all tokens of up to 128 held-out sentences,
+    `val_target_loss` and `val_target_accuracy` on those of their last image.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -277,28 +277,27 @@ def replay_rollouts(backbone: GPT, tokens, generated, reads, autocast) -> Rollou
     tokens: sentences (S, 2K+2, N); generated: y_q (S, N). Only tokens are kept on disk: to compute their
     states again is cheap, all positions at once.
     """
-    if set(reads) == {"tokens"}:
+    device, kept = backbone.head.weight.device, {name: [] for name in ("states", "query") if name in reads}
+    if not kept:
         return Rollout(generated)
-    device, states, query = backbone.head.weight.device, [], []
     for rows in tqdm(torch.arange(len(tokens)).split(64), "hidden states", mininterval=1, leave=None):
-        y = generated[rows].long().to(device) if "states" in reads else None
+        y = generated[rows].long().to(device) if "states" in reads else None  # (B, N)
         with autocast:
             rollout = backbone.replay(tokens[rows, :-1].flatten(1).long().to(device), y)
-        query.append(rollout.query.bfloat16().cpu())
-        if "states" in reads:
-            states.append(rollout.states.bfloat16().cpu())
-    return Rollout(generated, torch.cat(states) if states else None, torch.cat(query))
+        for name, parts in kept.items():
+            parts.append(getattr(rollout, name).bfloat16().cpu())  # (B, N, C)
+    return Rollout(generated, **{name: torch.cat(parts) for name, parts in kept.items()})
 
 
 # Stage 4: refiners
 
 
-def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, targets: dict, device, dtype,
-                  seed: int, loss_function=vsr.cosine_loss, make=Refiner, progress=None):  # fmt: skip
+def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, target_tokens: dict, device,
+                  dtype, seed: int, loss_function=vsr.cosine_loss, make=Refiner, progress=None):  # fmt: skip
     """Train one refiner on rollouts of a frozen backbone, of whatever kind -> (refiner, log).
 
     reads: see `vsr.Refiner`. codebook: (V, D), frozen. rollouts: {"train", "val": Rollout of S rows; what is
-    not read may be None}. targets: {"train", "val": y* (S, N)}. `val_loss` is the loss on held-out rollouts.
+    not read may be None}. target_tokens: {"train", "val": y* (S, N)}. `val_loss`: on held-out rollouts.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -315,7 +314,8 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
         query = rollout.query[rows].to(device) if "query" in reads else None  # (B, N, C)
         with autocast:
             refined = model(embeddings, states, query)  # (B, N, D)
-        return loss_function(refined, codebook[targets[split][rows].long().to(device)])
+        target = codebook[target_tokens[split][rows].long().to(device)]  # e*_seq (B, N, D)
+        return loss_function(refined, target)
 
     log = {"step": [], "loss": [], "val_step": [], "val_loss": []}
     parts = {"model": refiner, "muon": optimizers[0], "adamw": optimizers[1], "generator": generator}
@@ -323,7 +323,7 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
     bar = runtime.training_steps(name, config.steps, log, parts, progress)
     for step in bar:
         rate = scheduled_rate(step, config.steps, config.learning_rate)
-        rows = torch.randint(len(targets["train"]), (config.batch_size,), generator=generator)
+        rows = torch.randint(len(target_tokens["train"]), (config.batch_size,), generator=generator)
         loss = batch_loss(step_refiner, "train", rows[runtime.own_rows(config.batch_size)])
         optimizer_step(loss, refiner, optimizers, rate)
 
@@ -333,22 +333,22 @@ def train_refiner(config: RefinerConfig, reads, codebook, grid, rollouts: dict, 
         if step % max(1, config.steps // 15) == 0 or step == config.steps - 1:
             refiner.eval()
             with torch.no_grad():
-                held_out = torch.arange(len(targets["val"])).split(128)
+                held_out = torch.arange(len(target_tokens["val"])).split(128)
                 total = sum(batch_loss(refiner, "val", rows).item() * len(rows) for rows in held_out)
             refiner.train()
             log["val_step"].append(step)
-            log["val_loss"].append(total / len(targets["val"]))
+            log["val_loss"].append(total / len(target_tokens["val"]))
             bar.set_postfix(loss=f"{log['loss'][-1]:.4f}", val=f"{log['val_loss'][-1]:.4f}", refresh=False)
     return refiner.eval().requires_grad_(False), log
 
 
-def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("tokens", "states"),
+def refiner_for(write, prompts, target_tokens, codebook, grid: tuple[int, int], reads=("tokens", "states"),
                 config=None, device="cpu", dtype=torch.float32, seed: int = 0):  # fmt: skip
     """Train a refiner for a frozen model from elsewhere: whatever can write tokens, over any codebook.
 
     write: a function from prompts (B, ...) on the device to the `Rollout` of what the model writes after
         them, free-running, an offset of the vocabulary taken off. States that are not read may be None.
-    prompts: (S, ...), the sentences without their last image. truth: (S, N), its true tokens y*.
+    prompts: (S, ...), the sentences without their last image. target_tokens: (S, N), its true tokens y*.
     codebook: (V, D), of any norm. grid: (h, w), N = h * w, raster order. config: a `RefinerConfig`.
     Returns the refiner and the log; a sixteenth of the sentences is held out for `val_loss`. Apply it with
     `vsr.refine`. Raises ValueError if the shapes do not fit.
@@ -356,24 +356,24 @@ def refiner_for(write, prompts, truth, codebook, grid: tuple[int, int], reads=("
     if not set(reads) <= set(vsr.SOURCES):
         raise ValueError(f"reads {reads!r}: expected one or more of {vsr.SOURCES}")
     config, device = config or RefinerConfig(), torch.device(device)
-    batches = tqdm(prompts.split(config.rollout_batch), "rollouts", leave=None)
-    with torch.no_grad():
-        written = [write(batch.to(device)) for batch in batches]
-    fields = dict.fromkeys(vsr.SOURCES)
-    for name in {"tokens", *reads}:
-        parts = [getattr(rollout, name) for rollout in written]
-        if parts[0] is None:
-            raise ValueError(f"reads {reads}: `write` gave no {name}; give them, or read ('tokens',)")
-        fields[name] = torch.cat([part.cpu() for part in parts])  # (S, N) or (S, N, C)
-        vsr.require_finite(fields[name], **{name: fields[name]})
-    y, truth = fields["tokens"], truth.cpu()
-    vsr.require_same_shape(y, truth)
-    if min(y.min(), truth.min()) < 0 or max(y.max(), truth.max()) >= len(codebook):
+    parts = {name: [] for name in vsr.SOURCES if name in {"tokens", *reads}}
+    for batch in tqdm(prompts.split(config.rollout_batch), "rollouts", leave=None):
+        with torch.no_grad():
+            rollout = write(batch.to(device))
+        for name in parts:
+            if (part := getattr(rollout, name)) is None:
+                raise ValueError(f"reads {reads}: `write` gave no {name}; give them, or read ('tokens',)")
+            vsr.require_finite(part, **{name: part})
+            parts[name].append(part.cpu())  # the states of all sentences would fill a GPU
+    fields = {name: torch.cat(part) for name, part in parts.items()}  # (S, N) or (S, N, C)
+    y, target_tokens = fields["tokens"], target_tokens.cpu()
+    vsr.require_same_shape(y, target_tokens)
+    if min(y.min(), target_tokens.min()) < 0 or max(y.max(), target_tokens.max()) >= len(codebook):
         raise ValueError(f"tokens outside 0 to {len(codebook) - 1}: take off the offset of the vocabulary")
-    held, rollouts, targets = max(1, len(truth) // 16), {}, {}
+    held, rollouts, targets = max(1, len(target_tokens) // 16), {}, {}
     for split, rows in (("train", slice(held, None)), ("val", slice(held))):
-        rollouts[split] = Rollout(**{name: x if x is None else x[rows] for name, x in fields.items()})
-        targets[split] = truth[rows]
+        rollouts[split] = Rollout(**{name: x[rows] for name, x in fields.items()})
+        targets[split] = target_tokens[rows]
     codebook = F.normalize(codebook.detach().float().to(device), dim=-1)
     return train_refiner(config, reads, codebook, grid, rollouts, targets, device, dtype, seed)
 
@@ -411,8 +411,9 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
         """The frozen model of a stage, or its rollouts: reused, or trained by `train(progress)`."""
         kind, path = name.split("_")[0], out / f"{name}.pt"
         if kind == fresh and runtime.is_first():  # and what was built on it: two trainings never meet
-            for stale in (f"{name}.*", *(f"{later}*" for later in STAGES[STAGES.index(kind) + 1 :])):
-                for file in out.glob(stale):
+            later = ["refiner_*" if k == "refiner" else k for k in STAGES[STAGES.index(kind) + 1 :]]
+            for stem in (name, *later):
+                for file in (*out.glob(f"{stem}.pt"), *out.glob(f"{stem}.progress")):
                     file.unlink()
         checkpoint = runtime.stage(path, {**made_with, "weights": dict(made_with["weights"])}, kind, train)
         logs[name], seconds[name] = checkpoint["log"], checkpoint["seconds"]
@@ -531,9 +532,10 @@ def main():
             raise UserError(f"--weights {args.weights}: expected a file that ends in .pt, outside of --out")
         runtime.check_writable(Path(args.weights).parent, "--weights")
     sentences = data.Sentences(config["data"], args.seed)
-    test = data.joined(sentences.batches("test", config["data"].eval_sentences))
-    if len(test[1].unique()) < len(data.TASKS):
-        raise UserError(f"--eval-sentences {len(test[1])}: too few, a task does not come up; give more")
+    total = config["data"].eval_sentences
+    found = {number for _, task in sentences.batches("test", total) for number in task.tolist()}
+    if len(found) < len(data.TASKS):
+        raise UserError(f"--eval-sentences {total}: too few, a task does not come up; give more")
 
     run = (device, dtype, args.seed)
     with runtime.locked(args.out) if runtime.is_first() else contextlib.nullcontext():
@@ -541,7 +543,7 @@ def main():
         if runtime.end_processes():
             setting = {"seed": args.seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
             setting |= {"preset": args.preset, **{name: asdict(part) for name, part in config.items()}}
-            print(evaluate.evaluate_run(args.out, trained, sentences, *test, setting, params))
+            print(evaluate.evaluate_run(args.out, trained, sentences, setting, params))
             if args.weights:
                 evaluate.save_weights(args.weights, args.out, args.readings)
                 print(f"wrote {args.weights}")

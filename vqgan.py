@@ -158,7 +158,7 @@ class VQGAN(nn.Module):
         return self.decoder(grid).float()
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N) of any integer type, in [0, V) -> embeddings (B, N, D) unit norm; else IndexError."""
+        """Tokens (B, N) of any integer type, in [0, V) -> embeddings (B, N, D), unit norm."""
         return F.embedding(tokens.long(), self.codebook.vectors)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -258,9 +258,9 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score_tokenizer(model: VQGAN, sentences, split: str, autocast) -> dict:
-    """Measure the tokenizer over a whole split of `data.Sentences`; PSNR in dB, edge maps: None without any.
+    """Measure the tokenizer over a whole split of `data.Sentences`. Without edge maps, None for them.
 
-    `perplexity` is exp of the entropy of code frequencies: V if all are used equally often.
+    PSNR is in dB. `perplexity` is exp of the entropy of code frequencies: V if all are used equally often.
     `edge_sharpness` is |gradient of x'| / |gradient of x| over edge maps: 1 is as sharp as the truth.
     """
     device, counts = model.codebook.weight.device, torch.zeros(model.config.codebook_size)

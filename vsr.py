@@ -47,10 +47,10 @@ class RefinerConfig:
     """The refiner and its training."""
 
     layers: Annotated[int, "bidirectional Transformer blocks"] = 3
-    heads: Annotated[int, "attention heads, each of width / heads, rounded down; 8 is fast"] = 7
+    heads: Annotated[int, "attention heads; each has width // heads numbers, and 8 of them is fast"] = 7
     width: Annotated[int, "size of a hidden state"] = 56
     dropout: Annotated[float, "dropout in the blocks while training", (0, 0.99)] = 0.0
-    attention: Annotated[bool, "let positions see each other; without is a control"] = True
+    attention: Annotated[bool, "let positions see each other; without it: a control"] = True
     rollouts: Annotated[int, "sentences that the frozen backbone generates for training"] = 20480
     rollout_batch: Annotated[int, "sentences generated at once; each needs a KV cache"] = 256
     steps: Annotated[int, "training steps"] = 1500
@@ -87,12 +87,14 @@ class Refiner(nn.Module):
             self.read[name] = nn.Sequential(norm, nn.Linear(size, config.width))
         self.row_embedding = nn.Embedding(grid[0], config.width)
         self.column_embedding = nn.Embedding(grid[1], config.width)
-        block = (config.width, config.heads, config.dropout, grid, config.attention)
-        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout, grid, config.attention)
+            for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.to_code = nn.Linear(config.width, code_dim)
         self.apply(init_weights)
-        if "tokens" in self.reads:  # the identity at the start; without a residual: no gradient
+        if "tokens" in self.reads:  # the identity at the start; without e_seq, e' would be 0
             nn.init.zeros_(self.to_code.weight)
 
     def forward(self, embeddings=None, states=None, query=None) -> torch.Tensor:
@@ -100,14 +102,14 @@ class Refiner(nn.Module):
 
         What is not read may be None. Raises ValueError for what is missing, or has another shape.
         """
-        if "tokens" not in self.reads or embeddings is None:
-            return F.normalize(self.change(embeddings, states, query), dim=-1)
-        embeddings = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
-        return F.normalize(embeddings + self.change(embeddings, states, query), dim=-1)
+        e_seq = 0.0  # nothing to add to
+        if "tokens" in self.reads and embeddings is not None:  # if it is, `change` says so
+            embeddings = e_seq = F.normalize(embeddings.float(), dim=-1)  # (B, N, D)
+        return F.normalize(e_seq + self.change(embeddings, states, query), dim=-1)  # (B, N, D)
 
     def change(self, embeddings, states, query) -> torch.Tensor:
         """g_phi: by how much to move each unit-norm embedding, all positions at once -> (B, N, D)."""
-        x = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)  # (N, C)
+        x = (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)  # (N, W)
         given = dict(zip(SOURCES, (embeddings, states, query), strict=True))
         for name in self.reads:
             if given[name] is None:
@@ -115,14 +117,14 @@ class Refiner(nn.Module):
             shape = (len(given[self.reads[0]]), self.grid[0] * self.grid[1], self.read[name][1].in_features)
             if given[name].shape != shape:  # (B, 1, C) would be broadcast without a word
                 raise ValueError(f"{name} {tuple(given[name].shape)}: this refiner expects {shape}")
-            x = x + self.read[name](given[name].to(self.to_code.weight.dtype))  # (B, N, C)
+            x = x + self.read[name](given[name].to(self.to_code.weight.dtype))  # (B, N, W)
         for block in self.blocks:
-            x = block(x)  # (B, N, C)
-        return self.to_code(self.norm(x)).float()
+            x = block(x)  # (B, N, W)
+        return self.to_code(self.norm(x)).float()  # (B, N, D)
 
 
 def cosine_loss(refined: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of 1 - cos(e'_t, e*_t), both (B, N, D): in [0, 2]. ValueError for two shapes."""
+    """Mean over positions of 1 - cos(e'_t, e*_t), both (B, N, D): in [0, 2]. ValueError if shapes differ."""
     require_same_shape(refined, target)
     return (1 - F.cosine_similarity(refined.float(), target.float(), dim=-1)).mean()
 
@@ -133,8 +135,8 @@ def nearest_code(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     The length of an embedding makes no difference. Raises ValueError for numbers that are not finite.
     """
     with torch.autocast(embeddings.device.type, enabled=False):  # near codes are one number in bfloat16
-        cosine, tokens = (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).max(-1)
-    require_finite(cosine, embeddings=embeddings, codebook=codebook)
+        largest, tokens = (embeddings.float() @ F.normalize(codebook.float(), dim=-1).T).max(-1)  # (...)
+    require_finite(largest, embeddings=embeddings, codebook=codebook)
     return tokens
 
 
@@ -156,27 +158,24 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
         refined = refiner.eval()(embeddings, states, query)
     finally:
         refiner.train(was_training)
-    try:
-        return nearest_code(refined, codebook), refined
-    except ValueError:  # which of them is at fault
-        require_finite(refined, codebook=codebook, embeddings=embeddings, states=states, query=query)
-        raise
+    require_finite(refined, codebook=codebook, embeddings=embeddings, states=states, query=query)
+    return nearest_code(refined, codebook), refined
 
 
 def embed(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """codebook[y]: tokens (B, N) of any integer type, codebook (V, D) -> (B, N, D). ValueError for others."""
     integers = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-    # A GPU would not raise here, but be of no use afterwards
+    # Checked here: on a GPU a wrong index does not raise, it makes the GPU unusable for this process
     if tokens.numel() and not (integers and tokens.min() >= 0 and tokens.max() < len(codebook)):
         found = f"{tokens.min()} to {tokens.max()} ({tokens.dtype})"
         raise ValueError(f"tokens from {found}: expected integers from 0 to {len(codebook) - 1}")
-    return F.embedding(tokens.long(), codebook)  # codebook[tokens] takes -1, and uint8 for a mask
+    return F.embedding(tokens.long(), codebook)  # .long(): as an index uint8 is a mask
 
 
 def require_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
     """Raise ValueError, with both shapes, where PyTorch would broadcast."""
     if a.shape != b.shape:
-        raise ValueError(f"two shapes: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def require_finite(result: torch.Tensor, **made_of) -> None:
@@ -192,11 +191,11 @@ def require_finite(result: torch.Tensor, **made_of) -> None:
 def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
     """1 - cos(codebook[y_t], codebook[y*_t]) at each position: (B, N), (B, N) -> (B, N) in [0, 2].
 
-    Exactly 0 where the token is right. ValueError for two shapes, and for what is no token.
+    Exactly 0 where the token is right. ValueError if shapes differ, and for what is no token.
     """
     require_same_shape(tokens, target_tokens)
     vectors = F.normalize(codebook.float(), dim=-1)
-    error = 1 - (embed(tokens, vectors) * embed(target_tokens, vectors)).sum(-1)
+    error = 1 - (embed(tokens, vectors) * embed(target_tokens, vectors)).sum(-1)  # (B, N)
     return error.masked_fill(tokens == target_tokens, 0.0)
 
 
@@ -236,7 +235,7 @@ def attend(q, k, v, causal: bool = False, length: int | None = None, bias=None) 
     At most one of causal: query t sees the keys 0..t only (T = S); length: all queries see the
     first `length` keys only; bias: (H, T, S), added to the scores.
     """
-    mask = None if bias is None else bias[None]  # (1, H, T, S): its fast kernels take no mask of three
+    mask = None if bias is None else bias[None]  # (1, H, T, S): fast kernels want four dimensions
     if length is not None:
         seen = torch.arange(k.shape[2], device=k.device) < length
         mask = torch.where(seen, 0.0, -torch.inf)[None]  # (1, S)
@@ -367,8 +366,10 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(codebook_size + 1, config.width)
         self.place_embedding = nn.Embedding(tokens_per_image, config.width)
         self.image_embedding = nn.Embedding(num_images, config.width)
-        block = (config.width, config.heads, config.dropout, None, True, config.head_width)
-        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout, head_width=config.head_width)
+            for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, codebook_size, bias=False)
         self.apply(init_weights)
@@ -430,7 +431,8 @@ class GPT(nn.Module):
         inputs = F.pad(prompt, (1, 0), value=self.start_token)  # (B, P+1)
         rows = 32 if device == "cpu" else B  # the activations of more do not fit into a CPU's caches
         parts = zip(inputs.split(rows), cache.split(rows, dim=2), strict=True)
-        query = torch.cat([self.hidden(part, kept)[:, -num_tokens:] for part, kept in parts])
+        query = torch.cat([self.hidden(part, kept)[:, -num_tokens:] for part, kept in parts])  # (B, N, C)
+        require_finite(query, query=query)  # before anything is drawn from it
         state = query[:, -1:]  # (B, 1, C)
         tokens, states = [], []
         for t in range(num_tokens):
@@ -438,8 +440,8 @@ class GPT(nn.Module):
             tokens.append(sample(self.logits(state[:, 0]), temperature, top_k, top_p, generator))  # (B,)
             if t + 1 < num_tokens:
                 state = self.hidden(tokens[-1][:, None], cache, start=P + 1 + t)  # (B, 1, C)
-        states = torch.cat(states, dim=1)
-        require_finite(states, query=query)
+        states = torch.cat(states, dim=1)  # (B, N, C)
+        require_finite(states)
         return Rollout(torch.stack(tokens, dim=1), states, query)
 
 
@@ -455,7 +457,7 @@ def sample(logits, temperature: float, top_k: int, top_p: float, generator=None)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
+        ordered, order = logits.sort(descending=True)  # (B, V)
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p  # probability of all likelier tokens: below top_p, the token is kept
         ordered = ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)

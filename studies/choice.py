@@ -104,13 +104,13 @@ def score(setup: Setup, models, written: dict, valid: dict, objects: torch.Tenso
     chosen = {method: nearest_valid(y, valid["tokens"], codebook) for method, y in written.items()}
     for method, y in written.items():
         rows = torch.arange(len(y)), chosen[method]
-        truth, before = valid["tokens"][rows].long(), chosen[method.rpartition(", of ")[2]]
+        target_tokens, before = valid["tokens"][rows].long(), chosen[method.rpartition(", of ")[2]]
         images = evaluate.decode_images(tokenizer, y, setup.autocast)
         shares, colour = hues_of(images, objects)
         used = torch.bincount(chosen[method], minlength=HUES) / len(y)
         values = (
-            vsr.cosine_error(y.long(), truth, codebook).mean().item(),
-            (y == truth).float().mean().item(),
+            vsr.cosine_error(y.long(), target_tokens, codebook).mean().item(),
+            (y == target_tokens).float().mean().item(),
             vqgan.psnr(images, valid["images"][rows]).mean().item(),
             is_coherent(shares).float().mean().item(),
             (chosen[method] == before).float().mean().item(),
@@ -144,8 +144,8 @@ def prepare(setup: Setup, seed: int) -> Choice:
             found = [tokenizer.encode(part.flatten(0, 1).to(setup.device)) for part in parts]
         return torch.cat(found).view(total, HUES, -1).cpu()  # (S, HUES, N)
 
-    rollouts, truth = replay(setup, models, ("query",))
-    targets = {TARGETS[0]: truth, TARGETS[1]: {}}
+    rollouts, target_tokens = replay(setup, models, ("query",))
+    targets = {TARGETS[0]: target_tokens, TARGETS[1]: {}}
     for split, tokens in models.trained.tokens.items():
         half, generator = len(tokens) // 2, torch.Generator().manual_seed(seed)
         sampled = generate_all(setup, backbone, tokens[half:], 1.0, generator).tokens

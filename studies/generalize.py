@@ -28,15 +28,15 @@ REFINED = tuple(map(method_name, train_refiner.READINGS))
 
 def run(setup: Setup, seed: int) -> dict:
     models = models_of(setup, seed)
-    rollouts, targets = replay(setup, models)
-    batches = data.Sentences(setup.config["data"], seed).batches("train", len(targets["train"]))
+    rollouts, target_tokens = replay(setup, models)
+    batches = data.Sentences(setup.config["data"], seed).batches("train", len(target_tokens["train"]))
     task, refiners = torch.cat([tasks for _, tasks in batches]), {}
     seen = [(task != number).nonzero().flatten() for number in range(len(TASKS))]
     fewest = min(map(len, seen))  # each learns from as many rollouts
     for unseen, rows in zip(("none", *TASKS), (torch.arange(len(task)), *seen), strict=True):
         name = f"without {unseen}"
         options = {"rows": rows[:fewest], "steps": setup.config["study"].steps}
-        refiners[name], _ = fit(setup, models, name, rollouts, targets, seed, **options)
+        refiners[name], _ = fit(setup, models, name, rollouts, target_tokens, seed, **options)
     result = score_refiners(setup, models, refiners, seed)
 
     other = "glyphs" if setup.config["data"].data == "shapes" else "shapes"

@@ -99,19 +99,19 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     total = study.rollouts
     parts = [further[torch.arange(64 * i, 64 * i + 64)] for i in range(-(-total // 64))]
     tokens = {"train": torch.cat(parts)[:total].to(val.dtype), "val": val}
-    began, rollouts, targets = time.perf_counter(), {}, {}
+    began, rollouts, target_tokens = time.perf_counter(), {}, {}
     for split, part in tokens.items():
         rollout = generate_all(setup, backbone, part)
         rollouts[split] = Rollout(rollout.tokens, None, rollout.query.bfloat16())
-        targets[split] = part[:, -1]
+        target_tokens[split] = part[:, -1]
     refiners, seconds["rollouts"] = {}, time.perf_counter() - began
     for method, reads in READINGS.items():
-        known = (rollouts, targets, seed, reads)
+        known = (rollouts, target_tokens, seed, reads)
         refiners[method], fit_log = fit(setup, models, method, *known, steps=study.steps)
         seconds[method] = fit_log["seconds"]
 
     def error_of(y: torch.Tensor, split: str = "val") -> float:
-        return vsr.cosine_error(y.long(), targets[split].long(), codebook).mean().item()
+        return vsr.cosine_error(y.long(), target_tokens[split].long(), codebook).mean().item()
 
     # The rivals, each at the rate or temperature with the least error on validation sentences
     test, others = base.test["tokens"], {}

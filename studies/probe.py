@@ -42,9 +42,9 @@ def forced_at(t: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return forced, differs.any(0)
 
 
-def first_wrong(tokens: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def first_wrong(tokens: torch.Tensor, target_tokens: torch.Tensor) -> torch.Tensor:
     """The position of the first token that is wrong, N where none is: (S, N), (S, N) -> (S,)."""
-    wrong = tokens != truth
+    wrong = tokens != target_tokens
     return torch.where(wrong.any(1), wrong.long().argmax(1), tokens.shape[1])
 
 
@@ -56,8 +56,8 @@ def run(setup: Setup, seed: int) -> dict:
     models = models_of(setup, seed, READINGS)
     backbone = models.trained.backbone
     tokens = models.test["tokens"][: setup.config["study"].probed]
-    prompt, y_true = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
-    N, codebook = y_true.shape[1], models.codebook.cpu()
+    prompt, target_tokens = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
+    N, codebook = target_tokens.shape[1], models.codebook.cpu()
     greedy = generate_all(setup, backbone, tokens)
 
     def goes_on(y: torch.Tensor, t: int, rows: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,8 @@ def run(setup: Setup, seed: int) -> dict:
         images += [
             refine_all(setup, models, refiner, rollout) for refiner in models.trained.refiners.values()
         ]
-        error = torch.stack([vsr.cosine_error(image, y_true, codebook) for image in images])
-        return torch.stack([error, (torch.stack(images) != y_true).float()])
+        error = torch.stack([vsr.cosine_error(image, target_tokens, codebook) for image in images])
+        return torch.stack([error, (torch.stack(images) != target_tokens).float()])
 
     clean, positions, forced = measured(greedy.tokens), list(range(4, N - 1, 8)), []
     for t in positions:
@@ -84,10 +84,10 @@ def run(setup: Setup, seed: int) -> dict:
         y = torch.cat([goes_on(y, t, rows) for rows in torch.arange(len(y)).split(64)])
         forced.append((measured(y) - clean)[:, :, wrong].sum(2) / max(1, wrong.sum()))  # (measure, who, N)
 
-    first, mended = first_wrong(greedy.tokens, y_true), greedy.tokens.clone()
+    first, mended = first_wrong(greedy.tokens, target_tokens), greedy.tokens.clone()
     for t in sorted(set(first.tolist()) - {N}):
         rows = (first == t).nonzero().flatten()
-        mended[rows] = goes_on(y_true, t, rows)  # all before t is true as well
+        mended[rows] = goes_on(target_tokens, t, rows)  # all before t is true as well
     damage, place = clean - measured(mended), torch.arange(N)
     natural = [damage[:, :, first + d < N, (first + d)[first + d < N]].mean(2) for d in range(N // 2)]
     behind = (damage * (place > first[:, None])).sum(3)[:, :, first < N].mean(2)  # (measure, who)

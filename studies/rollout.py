@@ -76,19 +76,19 @@ def confuse(tokens: torch.Tensor, counts: torch.Tensor, generator) -> torch.Tens
 
 def run(setup: Setup, seed: int) -> dict:
     models = models_of(setup, seed, train_refiner.READINGS)
-    rollouts, targets = replay(setup, models)
+    rollouts, target_tokens = replay(setup, models)
     backbone, generator = models.trained.backbone, torch.Generator().manual_seed(seed)
-    written, truth, V = rollouts["train"].tokens, targets["train"], len(models.codebook)
-    rate = (written != truth).float().mean().item()
-    counts = torch.bincount((truth.long() * V + written.long()).flatten(), minlength=V * V).view(V, V)
+    written, true, V = rollouts["train"].tokens, target_tokens["train"], len(models.codebook)
+    rate = (written != true).float().mean().item()
+    counts = torch.bincount((true.long() * V + written.long()).flatten(), minlength=V * V).view(V, V)
     counts = counts + torch.eye(V)  # a code that is in no rollout stays what it is
     inputs = {name: {} for name in INPUTS}
     for split, tokens in models.trained.tokens.items():
         written, forced = rollouts[split].tokens, force_all(setup, backbone, tokens).tokens
         half = torch.rand(len(tokens), 1, generator=generator) < 0.5
         changed = {
-            "random corruption": corrupt(targets[split], rate, V, generator),
-            "random confusion": confuse(targets[split], counts, generator),
+            "random corruption": corrupt(target_tokens[split], rate, V, generator),
+            "random confusion": confuse(target_tokens[split], counts, generator),
             "teacher-forced output": forced,
             "half of both": torch.where(half, forced, written.long()),
         }
@@ -104,12 +104,12 @@ def run(setup: Setup, seed: int) -> dict:
     refiners = by_method(models.trained.refiners)
     for method, reading in zip(WITH_CROSS_ENTROPY, train_refiner.READINGS, strict=True):
         options = {"loss_function": cross_entropy, "make": Scaled}
-        known = (method, rollouts, targets, seed, reading.split("+"))
+        known = (method, rollouts, target_tokens, seed, reading.split("+"))
         refiners[method], _ = fit(setup, models, *known, **options)
     for reading in READINGS:
         for name, given in inputs.items():
             method = f"{method_name(reading)}, {name}"
-            refiners[method], _ = fit(setup, models, method, given, targets, seed, reading.split("+"))
+            refiners[method], _ = fit(setup, models, method, given, target_tokens, seed, reading.split("+"))
     return {**score_refiners(setup, models, refiners, seed), "greedy_error_rate": rate}
 
 

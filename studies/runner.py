@@ -130,16 +130,17 @@ def models_of(
 
 
 def replay(setup: Setup, models: SeedModels, reads=READS, first: int | None = None) -> tuple[dict, dict]:
-    """Rollouts of a seed's training and validation sentences with the states that are read, and targets.
+    """Rollouts of a seed's training and validation sentences with the states that are read, and their
+    target tokens.
 
     first: how many of each split, if not all.
     """
-    trained, rollouts, targets = models.trained, {}, {}
+    trained, rollouts, target_tokens = models.trained, {}, {}
     for split, tokens in trained.tokens.items():
         known = tokens[:first], trained.generated[split][:first]
         rollouts[split] = train_refiner.replay_rollouts(trained.backbone, *known, reads, setup.autocast)
-        targets[split] = tokens[:first, -1]
-    return rollouts, targets
+        target_tokens[split] = tokens[:first, -1]
+    return rollouts, target_tokens
 
 
 def part_of(rollout: Rollout, rows) -> Rollout:
@@ -178,7 +179,7 @@ def force_all(setup: Setup, backbone, tokens) -> Rollout:
 
 
 def fit(
-    setup: Setup, models: SeedModels, name: str, rollouts: dict, targets: dict, seed: int, reads=READS,
+    setup: Setup, models: SeedModels, name: str, rollouts: dict, target_tokens: dict, seed: int, reads=READS,
     rows=slice(None), loss_function=vsr.cosine_loss, make=Refiner, **changes,
 ):  # fmt: skip
     """Train one more refiner -> (refiner, log).
@@ -191,11 +192,11 @@ def fit(
         problem = f"{config.heads} heads in a width of {config.width}"
         raise UserError(f"{name}: {problem}; change --refiner-heads or --refiner-width")
     rollouts = {**rollouts, "train": part_of(rollouts["train"], rows)}
-    targets = {**targets, "train": targets["train"][rows]}
-    made_with = {"refiner": asdict(config), "reads": "+".join(reads), "rollouts": len(targets["train"])}
+    target_tokens = {**target_tokens, "train": target_tokens["train"][rows]}
+    made_with = {"refiner": asdict(config), "reads": "+".join(reads), "rollouts": len(target_tokens["train"])}
     made_with["backbone"] = runtime.fingerprint(models.trained.backbone.state_dict())
     return train_refiner.train_refiner(
-        config, reads, models.codebook, models.grid, rollouts, targets, setup.device, setup.dtype, seed,
+        config, reads, models.codebook, models.grid, rollouts, target_tokens, setup.device, setup.dtype, seed,
         loss_function, make, setup.progress(name, made_with),
     )  # fmt: skip
 
@@ -215,11 +216,11 @@ def refine_all(setup: Setup, models: SeedModels, refiner: Refiner, rollout: Roll
 def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
     """Train one refiner for each of {name: options of `fit`} on a seed's rollouts, and score them all."""
     models = models_of(setup, seed)
-    rollouts, targets = replay(setup, models, needs)
+    rollouts, target_tokens = replay(setup, models, needs)
     refiners, cost = {}, {}
     for name, options in settings.items():
         options = {"steps": setup.config["study"].steps, **options}
-        refiners[name], log = fit(setup, models, name, rollouts, targets, seed, **options)
+        refiners[name], log = fit(setup, models, name, rollouts, target_tokens, seed, **options)
         cost[name] = {
             "params": count(refiners[name]),
             "seconds": log["seconds"],
@@ -251,10 +252,10 @@ def agreement(written: dict, test: dict) -> dict:
 
     {method: {task: [[[n, n], [n, n]], [[n, n], [n, n]]]}}, indexed by right (1) or wrong (0) of the three.
     """
-    truth, result = test["tokens"][:, -1].long(), {}
+    target_tokens, result = test["tokens"][:, -1].long(), {}
     for method in written if "parallel" in written else ():
         if evaluate.has_gap(method):
-            three = (written[name].long() == truth for name in ("ar_greedy", method, "parallel"))
+            three = (written[name].long() == target_tokens for name in ("ar_greedy", method, "parallel"))
             case = sum(4 // 2**i * right.long() for i, right in enumerate(three))  # (S, N), 0 to 7
             by_task = {task: case[test["task"] == i] for i, task in enumerate(data.TASKS)}
             counts = {task: torch.bincount(x.flatten(), minlength=8) for task, x in by_task.items()}

@@ -175,10 +175,10 @@ def loops(setup: Setup, seed: int, models: Models, images, tokens: torch.Tensor,
     codebook, refiner = models.tokenizer.codebook.vectors.detach(), models.refiners["+".join(READS)]
     train = tokens.view(len(tokens), -1, models.N).cpu().short()  # (S, 2K+2, N)
     query = torch.randn(len(train), models.N, config["gpt"].width).bfloat16()
-    rollout, targets = Rollout(train[:, -1], None, query), train[:, -2]
+    rollout, target_tokens = Rollout(train[:, -1], None, query), train[:, -2]
     few = Rollout(train[:1, -1], None, query[:1])
     rows = torch.randint(len(train), (config["refiner"].batch_size,))
-    y, states, truth = (x[rows].to(device) for x in (rollout.tokens.long(), query, targets.long()))
+    y, states, true = (x[rows].to(device) for x in (rollout.tokens.long(), query, target_tokens.long()))
 
     def tokenizer_loss():
         with setup.autocast:
@@ -189,7 +189,7 @@ def loops(setup: Setup, seed: int, models: Models, images, tokens: torch.Tensor,
     def refiner_loss():
         with setup.autocast:
             refined = refiner(codebook[y], None, states)
-        return vsr.cosine_loss(refined, codebook[truth])
+        return vsr.cosine_loss(refined, codebook[true])
 
     adamw = torch.optim.AdamW(models.tokenizer.parameters())
     bare = {
@@ -208,7 +208,7 @@ def loops(setup: Setup, seed: int, models: Models, images, tokens: torch.Tensor,
         ),
         "refiner": lambda: train_refiner.train_refiner(
             short["refiner"], READS, codebook, models.tokenizer.grid, {"train": rollout, "val": few},
-            {"train": targets, "val": targets[:1]}, *where
+            {"train": target_tokens, "val": target_tokens[:1]}, *where
         ),
     }  # fmt: skip
     result = {}

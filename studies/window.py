@@ -74,17 +74,17 @@ NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
 def run(setup: Setup, seed: int, kind: str) -> dict:
     if kind == "default":
         models, options = models_of(setup, seed), {"reads": READS}
-        rollouts, targets = replay(setup, models, first=10240)
+        rollouts, target_tokens = replay(setup, models, first=10240)
     else:
         models, _, rollouts, targets, tests, valid, objects = choice.prepare(setup, seed)
-        targets, options = targets[choice.TARGETS[1]], {"reads": ("tokens",)}
+        target_tokens, options = targets[choice.TARGETS[1]], {"reads": ("tokens",)}
     study, refiners = setup.config["study"], {}
     options["steps"] = study.window_steps if kind == "default" else study.steps
     options["attention"] = True  # it is what is asked about
     for start in STARTS:
         for radius in RADII:
             make, name = functools.partial(Windowed, radius=radius, start=start), name_of(radius, start)
-            refiners[name], _ = fit(setup, models, name, rollouts, targets, seed, make=make, **options)
+            refiners[name], _ = fit(setup, models, name, rollouts, target_tokens, seed, make=make, **options)
     if kind == "default":
         return score_refiners(setup, models, refiners, seed)
     written = {"sampled": tests["sampled"].tokens}

@@ -261,6 +261,17 @@ def test_fresh_removes_what_was_built_on_the_stage(copied, command, no_pictures)
     assert [path.name for path in folder.glob("refiner_*")] == ["refiner_tokens.pt"]
 
 
+def test_fresh_leaves_what_is_not_its_own(copied, command, no_pictures):
+    folder, flags = copied
+    (folder / "rollouts_old").mkdir()
+    for name in ("backbone_best.pt", "rollouts.txt"):
+        (folder / name).write_text("mine")
+    result = command(train_refiner, *flags, "--fresh", "tokenizer")
+    assert result.status == 0, result.err
+    assert (folder / "rollouts_old").is_dir()
+    assert {(folder / name).read_text() for name in ("backbone_best.pt", "rollouts.txt")} == {"mine"}
+
+
 def test_fresh_loses_nothing_when_an_earlier_stage_refuses(copied, command):
     folder, flags = copied
     before = contents(folder)
@@ -349,6 +360,12 @@ def test_a_run_goes_on_in_its_own_precision_and_says_so(copied, command, no_pict
     assert f"--dtype float32: {folder} was begun in it; here, --dtype auto would be bfloat16" in result.out
     refused = command(train_refiner, *flags, "--dtype", "bfloat16")
     assert "run.dtype = float32, now bfloat16" in refused.err[0]
+    checkpoint = runtime.load_checkpoint(folder / "tokenizer.pt")
+    del checkpoint["config"]["run"]  # of another version
+    runtime.save(folder / "tokenizer.pt", checkpoint)
+    refused = command(train_refiner, *flags)
+    assert (refused.status, len(refused.err)) == (2, 1)
+    assert "run.seed = None, now 0" in refused.err[0]
 
 
 def test_compiling_is_tried_before_anything_is_trained(command, tmp_path, monkeypatch):
@@ -608,7 +625,7 @@ MISTAKES = {
         ("--gpt-layers many", "--gpt-layers"),
         ("--gpt-layerz 3", "--gpt-layerz"),
         ("--preset huge", "--preset"),
-        ("--reads pixels", "--reads"),
+        ("--reads pixels", "--reads: pixels: expected one or more of tokens, states, query, joined by +"),
         ("--reads tokens+pixels", "--reads"),
         ("--reads", "--reads"),
         ("--reads=", "--reads"),
@@ -616,7 +633,7 @@ MISTAKES = {
         ("--eval-sentences 3", "--eval-sentences"),
         ("--eval-sentences 16 --image-size 16 --seed 137", "--eval-sentences 16"),  # without inpainting
         ("--seed 99999999999999999999999", "--seed"),
-        ("--seed -1", "--seed"),
+        ("--seed -1", "--seed: -1: expected a whole number from 0 to 2^63 - 1"),
         ("--gpt-learning-rate -1", "--gpt-learning-rate"),
         ("--refiner-learning-rate inf", "--refiner-learning-rate inf"),
         ("--vqgan-learning-rate 0", "--vqgan-learning-rate 0"),
@@ -642,6 +659,7 @@ MISTAKES = {
     generate: [
         ("--run {tmp}/nowhere", "nowhere"),
         ("--run {tmp}", "tokenizer.pt"),
+        ("--run {run}/backbone.pt", "backbone.pt: a single stage; give its folder"),
         ("--run {run} --query {tmp}/photo.png", "--query"),
         ("--run {run} --demos {tmp}/photo.png", "--demos"),
         ("--run {run} --query {tmp}/photo.png --demos {tmp}/photo.png", "--demos"),

@@ -164,11 +164,11 @@ def numbers_of(rows: torch.Tensor) -> list:
 def check_pairs(given) -> None:
     """Rollouts, states and targets of a training belong to the same sentences."""
     for split, part in given.rollouts.items():
-        number = given.targets[split] - TRUE
+        number = given.target_tokens[split] - TRUE
         assert torch.equal(part.tokens, number + WRITTEN)
         for states, sign in ((part.states, 1), (part.query, -1)):
             assert states is None or torch.equal(states[..., 0].float(), sign * number.float())
-    assert numbers_of(given.targets["val"] - TRUE) == list(SENTENCES["val"])
+    assert numbers_of(given.target_tokens["val"] - TRUE) == list(SENTENCES["val"])
 
 
 # What the studies share
@@ -214,7 +214,7 @@ def test_a_refiner_of_a_study_sees_the_rollouts_it_may_see(setup, fitted, rows):
     )
     given = fitted["name"]
     check_pairs(given)
-    assert numbers_of(given.targets["train"] - TRUE) == torch.arange(48)[rows].tolist()
+    assert numbers_of(given.target_tokens["train"] - TRUE) == torch.arange(48)[rows].tolist()
     assert given.config == replace(setup.config["refiner"], steps=3)
     assert (given.reads, given.seed) == (("tokens",), 5)
     assert (given.loss_function, given.make) == (F.mse_loss, rollout.Scaled)
@@ -228,7 +228,7 @@ def test_each_setting_has_its_own_refiner_and_cost(setup, fitted, scored, monkey
     cell = runner.fit_each(setup, 5, {"a": {"steps": 3}, "b": {"rows": slice(9)}, "c": {"layers": 2}})
     assert [given.config.steps for given in fitted.values()] == [3, 80, 80]
     assert [given.config.layers for given in fitted.values()] == [1, 1, 2]
-    assert [len(given.targets["train"]) for given in fitted.values()] == [48, 9, 48]
+    assert [len(given.target_tokens["train"]) for given in fitted.values()] == [48, 9, 48]
     assert scored[0].refiners == {name: given.refiner for name, given in fitted.items()}
     assert (scored[0].models, scored[0].seed) == (models, 5)
     for number, name in enumerate("abc", 1):
@@ -321,7 +321,7 @@ def test_settings_of_a_study_are_what_their_names_say(setup, fitted, scored, mon
         number, what = int((re.findall(r"\d+", setting.replace(",", "")) or [0])[0]), setting.split()[-1]
         assert given.reads == tuple(reads.split("+"))
         assert given.seed == 5
-        assert len(given.targets["train"]) == (number if what == "rollouts" else 1300)
+        assert len(given.target_tokens["train"]) == (number if what == "rollouts" else 1300)
         changes = {"steps": number if what == "steps" else 80}
         if study is size:
             changes |= {"layers": number, "width": int(what)}
@@ -391,7 +391,7 @@ def test_a_refiner_without_a_task_has_not_seen_it(setup, fitted, scored, monkeyp
     for name, given in fitted.items():
         check_pairs(given)
         rows = [i for i in range(48) if name != f"without {TASKS[task[i]]}"]
-        assert numbers_of(given.targets["train"] - TRUE) == rows[:fewest]
+        assert numbers_of(given.target_tokens["train"] - TRUE) == rows[:fewest]
         assert given.config.steps == 80
     assert [call.test_data and call.test_data.data for call in calls] == [None, "glyphs"]
     assert all((call.seed, call.changes) == (5, None) for call in calls)
@@ -433,7 +433,7 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
         for split, part in given.rollouts.items():
             number = torch.tensor(SENTENCES[split])[:, None].expand(-1, N)
             written = models.trained.generated[split]
-            assert torch.equal(given.targets[split], number + TRUE)
+            assert torch.equal(given.target_tokens[split], number + TRUE)
             assert torch.equal(part.query[..., 0].float(), -number.float())
             forced = (part.tokens == number + FORCED).all(1)
             if name == "half of both":
@@ -529,7 +529,7 @@ def test_targets_are_the_true_answer_or_the_one_nearest_to_what_was_written(setu
             if split != "test":
                 number = torch.tensor(rows)[:, None].expand(-1, N)
                 truth = number + (TRUE if target == "true hue" else 1000 * (number % hues))
-                assert torch.equal(given.targets[split], truth)
+                assert torch.equal(given.target_tokens[split], truth)
                 second_half = (torch.arange(len(rows)) >= len(rows) // 2)[:, None]
                 assert torch.equal(given.rollouts[split].tokens, number + WRITTEN + sampled * second_half)
                 assert torch.equal(given.rollouts[split].query[..., 0].float(), -number.float())
@@ -632,7 +632,9 @@ def test_refiners_are_trained_for_the_backbone_of_their_cell(setup, fitted, scor
     for method, given in fitted.items():
         check_pairs(given)
         assert evaluate.method_name("+".join(given.reads)) == method
-        assert numbers_of(given.targets["train"] - TRUE) == list(range(20)), "the rollouts of this study"
+        assert numbers_of(given.target_tokens["train"] - TRUE) == list(range(20)), (
+            "the rollouts of this study"
+        )
         assert given.config == replace(setup.config["refiner"], steps=80)
 
 

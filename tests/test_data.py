@@ -1,5 +1,6 @@
 """Datasets, tasks, and folders of images."""
 
+import os
 import shutil
 import struct
 
@@ -269,6 +270,32 @@ def test_copies_in_a_folder_count_once(photos):
         (photos / f"copy of {path.name}").write_bytes(path.read_bytes())
     found = data.load_folder(str(photos), 16)
     assert sum(len(images) for images in found.values()) == 150
+
+
+def test_a_mirror_image_in_a_folder_is_a_copy_and_changes_nothing(photos, capsys):
+    """Scenes are mirrored at random: it could be in two splits, or demonstration and query at once."""
+    before = data.load_folder(str(photos), 16)
+    for path in sorted(photos.rglob("*.png"))[:20]:
+        mirrored = Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mirrored.save(photos / f"z{path.parent.name}{path.name}")
+    found = data.load_folder(str(photos), 16)
+    assert "left out: 20 copies" in capsys.readouterr().out
+    assert all(torch.equal(found[split], before[split]) for split in data.SPLITS)
+
+
+def test_a_folder_that_cannot_be_opened_is_named(photos, capsys, monkeypatch):
+    scandir, closed = os.scandir, str(photos / "0")
+
+    def refuse(path):
+        if os.fspath(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    data.load_folder(str(photos), 16)
+    line = capsys.readouterr().out
+    assert "1 folders that cannot be opened" in line
+    assert f"first folders that cannot be opened: {closed}" in line
 
 
 def test_split_of_a_folder_survives_renaming(photos):

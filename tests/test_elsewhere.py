@@ -4,6 +4,8 @@ A LLaMA of `transformers` over the codebook of a `diffusers` VQ model. Optional:
 diffusers`. Nothing is downloaded; both are built from a configuration and trained for some seconds.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,7 +105,7 @@ def toy_write(prompts):
 @pytest.mark.parametrize(
     ("truth", "grid", "codebook", "line"),
     [
-        (torch.zeros(8, N + 1, dtype=torch.long), GRID, torch.randn(V, 8), "two shapes"),
+        (torch.zeros(8, N + 1, dtype=torch.long), GRID, torch.randn(V, 8), "shapes differ"),
         (torch.zeros(8, N, dtype=torch.long), (4, 5), torch.randn(V, 8), "expects"),
         (torch.full((8, N), V), GRID, torch.randn(V, 8), "offset of the vocabulary"),
     ],
@@ -117,8 +119,15 @@ def test_shapes_that_do_not_fit_are_named(truth, grid, codebook, line):
 @pytest.mark.parametrize("source", ["states", "query"])
 def test_states_that_are_not_there_are_named(source):
     arguments = toy_write, ZEROS, ZEROS[:, :N], torch.randn(V, 8), GRID
+    calls, config = [], replace(CONFIG, rollout_batch=2)
+
+    def write(prompts):
+        calls.append(prompts)
+        return toy_write(prompts)
+
     with pytest.raises(ValueError, match=f"`write` gave no {source}"):
-        train_refiner.refiner_for(*arguments, ("tokens", source), CONFIG)
+        train_refiner.refiner_for(write, *arguments[1:], ("tokens", source), config)
+    assert len(calls) == 1, "before hours of writing"
 
 
 @pytest.mark.parametrize("reads", [("tokens",), ("query",)], ids="+".join)
@@ -159,7 +168,7 @@ def overflow(states):
         (writes(states=lambda x: x[:, :, :4].repeat(1, 2, 1)), r"states \(\d+, 32, 4\)"),
         (writes(states=overflow), "not finite: states"),
         (writes(tokens=lambda y: y - 1), "outside 0 to 63"),
-        (writes(tokens=lambda y: y[:, -1:]), "two shapes"),
+        (writes(tokens=lambda y: y[:, -1:]), "shapes differ"),
     ],
     ids=["the last state only", "another number of places", "an overflow", "-1", "the last token only"],
 )

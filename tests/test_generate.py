@@ -56,8 +56,8 @@ def make_run(folder, seed: int = 0, readings=READINGS):
     return folder
 
 
-def cosine_errors(tokens, true_tokens, codebook) -> torch.Tensor:
-    return 1 - F.cosine_similarity(codebook[tokens], codebook[true_tokens], dim=-1)
+def cosine_errors(tokens, target_tokens, codebook) -> torch.Tensor:
+    return 1 - F.cosine_similarity(codebook[tokens], codebook[target_tokens], dim=-1)
 
 
 def psnr(images, truth) -> float:
@@ -88,7 +88,9 @@ def expected(run, images, sampling=(), sample_seed: int = 0) -> SimpleNamespace:
         written[name] = (refined @ codebook.T).argmax(-1)
     made = {name: run.tokenizer.decode(y) for name, y in written.items()}
     errors = {name: cosine_errors(y, tokens[:, -1], codebook) for name, y in written.items()}
-    return SimpleNamespace(written=written, made=made, errors=errors, y_true=tokens[:, -1], codebook=codebook)
+    return SimpleNamespace(
+        written=written, made=made, errors=errors, target_tokens=tokens[:, -1], codebook=codebook
+    )
 
 
 @pytest.fixture
@@ -237,6 +239,15 @@ def test_the_run_is_the_one_that_is_named_then_the_default_one(run, show, tmp_pa
     assert "with the models of runs/toy\n" in default.out
 
 
+def test_a_training_that_was_stopped_does_not_hide_the_shipped_weights(run, show, tmp_path, monkeypatch):
+    make_run(tmp_path / "runs", seed=1).rename(tmp_path / "runs" / "toy")
+    for path in (tmp_path / "runs" / "toy").glob("refiner_*.pt"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "SHIPPED", run.folder)
+    assert_shown(show("--count", 2, source=()), run, run.images[:2])
+
+
 # The animation
 
 
@@ -293,19 +304,19 @@ def test_the_animation_is_of_the_first_sentence_and_of_our_refiner(run, show, tm
     ((path, _, *tensors),) = given
     assert path == str(tmp_path / "x.gif")
     pictures = (run.images[0, 2], run.images[0, 3])
-    tokens = (made.written["generated"][0], made.written["refined_tokens+query"][0], made.y_true[0])
+    tokens = (made.written["generated"][0], made.written["refined_tokens+query"][0], made.target_tokens[0])
     for found, right in zip(tensors, (*pictures, *tokens), strict=True):
         assert torch.equal(found, right)
 
 
 def test_the_animation_shows_and_marks_what_its_captions_say(run, animation):
     query, truth = torch.rand(2, 3, 16, 16) * 2 - 1
-    y_true, others = torch.randperm(24)[:16], torch.randperm(24)[:16]
-    written, refined = y_true.clone(), y_true.clone()
+    target_tokens, others = torch.randperm(24)[:16], torch.randperm(24)[:16]
+    written, refined = target_tokens.clone(), target_tokens.clone()
     written[[1, 2, 7, 8, 13]], refined[[2, 4, 15]] = others[:5], others[5:8]
-    wrong = [(y != y_true).tolist() for y in (written, refined)]
+    wrong = [(y != target_tokens).tolist() for y in (written, refined)]
     before, after = run.tokenizer.decode(torch.stack([written, refined]))
-    generate.save_animation("x.gif", run.tokenizer, query, truth, written, refined, y_true)
+    generate.save_animation("x.gif", run.tokenizer, query, truth, written, refined, target_tokens)
 
     frames = animation.frames
     assert len(frames) == len(animation.times) == 16 + 4
@@ -317,7 +328,7 @@ def test_the_animation_shows_and_marks_what_its_captions_say(run, animation):
     captions = [list(frame)[1] for frame in frames]
     assert captions[:16] == [f"written: {t} of 16, {sum(wrong[0][:t])} wrong" for t in range(16)]
     finished = [f"written, {sum(wrong[0])} wrong", f"refined, one pass, {sum(wrong[1])} wrong"]
-    assert captions[16:] == [*finished, "greedy", "refined"]
+    assert captions[16:] == [*finished, "generated", "refined"]
 
     panels = [frame[caption] for frame, caption in zip(frames, captions, strict=True)]
     for t, panel in enumerate(panels[:16]):
@@ -335,13 +346,13 @@ def test_the_animation_shows_and_marks_what_its_captions_say(run, animation):
 def test_the_tint_of_an_error_grows_with_it(run, animation, monkeypatch):
     """Two tokens are wrong, one by much more than the other."""
     codebook = run.tokenizer.codebook.vectors
-    y_true = torch.zeros(16, dtype=torch.long)
-    error = cosine_errors(torch.arange(24), y_true.new_zeros(24), codebook)
-    written = y_true.clone()
+    target_tokens = torch.zeros(16, dtype=torch.long)
+    error = cosine_errors(torch.arange(24), target_tokens.new_zeros(24), codebook)
+    written = target_tokens.clone()
     written[3], written[9] = error[1:].argmin() + 1, error.argmax()
     grey = torch.zeros(3, 16, 16)
     monkeypatch.setattr(run.tokenizer, "decode", lambda tokens: grey.expand(len(tokens), 3, 16, 16))
-    generate.save_animation("x.gif", run.tokenizer, grey, grey, written, written, y_true)
+    generate.save_animation("x.gif", run.tokenizer, grey, grey, written, written, target_tokens)
     panel = animation.frames[16]["written, 2 wrong"]
     inside = patches(panel)[:, 64 * 32 + 32, 0]  # red in the middle of each patch
     assert [t for t in range(16) if inside[t] > inside[0]] == [3, 9]
@@ -355,7 +366,7 @@ def test_without_a_truth_the_animation_marks_nothing(run, show, photo, animation
     made = {name: shown.columns[name][0] for name in ("generated", "parallel")}
     assert {len(frame) for frame in animation.frames} == {2}
     frames = [frame for frame in animation.frames if " of " not in list(frame)[1]]
-    assert [list(frame)[1] for frame in frames] == ["written", "refined, one pass", "greedy", "refined"]
+    assert [list(frame)[1] for frame in frames] == ["written", "refined, one pass", "generated", "refined"]
     for frame, name in zip(frames, ("generated", "parallel") * 2, strict=True):
         assert torch.equal(frame[list(frame)[1]], enlarged(made[name]))
 

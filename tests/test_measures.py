@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,13 +353,13 @@ def test_each_method_writes_what_its_name_says(run):
     written = evaluate.decode_methods(
         run.tokenizer, run.backbone, evaluate.by_method(run.refiners), tokens, FLOAT, seed=3
     )
-    prompt, y_true = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
+    prompt, target_tokens = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
     codebook = F.normalize(run.tokenizer.codebook.weight, dim=-1)
     rollout, generator = run.backbone.generate(prompt, 16), torch.Generator().manual_seed(3)
     sampled = [run.backbone.generate(part, 16, 1.0, generator=generator).tokens for part in prompt.split(64)]
     forced = run.backbone.hidden(run.backbone.shifted(tokens.flatten(1).long()))[:, -16:]
     expected = {
-        "vqgan_limit": y_true,
+        "vqgan_limit": target_tokens,
         "teacher_forced": run.backbone.head(forced).argmax(-1),
         "ar_greedy": rollout.tokens,
         "ar_sampled": torch.cat(sampled),
@@ -388,10 +389,10 @@ def test_what_is_likeliest_or_nearest_is_found_in_float32(run):
     codebook, tokens = tokenizer.codebook.vectors, torch.randint(24, (20, 4, 16))
     reader = {"refined_tokens": run.refiners["tokens"]}
     written = evaluate.decode_methods(tokenizer, backbone.eval(), reader, tokens, BFLOAT)
-    prompt, y_true = tokens[:, :-1].flatten(1), tokens[:, -1]
+    prompt, target_tokens = tokens[:, :-1].flatten(1), tokens[:, -1]
     with BFLOAT:
         rollout = backbone.generate(prompt, 16)
-        forced = backbone.replay(prompt, y_true).states
+        forced = backbone.replay(prompt, target_tokens).states
         refined = reader["refined_tokens"](codebook[rollout.tokens])
     logits = [F.linear(states.float(), backbone.head.weight) for states in (rollout.states, forced)]
     mean = logits[0].softmax(-1) @ codebook
@@ -444,10 +445,10 @@ class Painter:
 
 def test_scores_are_those_of_a_method_and_of_the_sentences_of_a_task():
     task = torch.tensor([2, 0, 1, 2, 2, 0])
-    y_true = torch.zeros(6, 4, dtype=torch.long)
+    target_tokens = torch.zeros(6, 4, dtype=torch.long)
     y = torch.tensor([[0, 1, 0, 3], [2, 0, 0, 0], [0, 0, 3, 3], [0, 1, 0, 0], [0, 0, 0, 0], [2, 2, 1, 0]])
-    written = {"vqgan_limit": y_true, "ar_greedy": y, "ar_sampled": y.flip(1)}
-    truth = Painter().decode(y_true) + 0.1 * torch.rand(6, 1, 16, 16)
+    written = {"vqgan_limit": target_tokens, "ar_greedy": y, "ar_sampled": y.flip(1)}
+    truth = Painter().decode(target_tokens) + 0.1 * torch.rand(6, 1, 16, 16)
     scores = evaluate.score_methods(Painter(), written, truth, task, FLOAT)
     assert scores.keys() == written.keys()
     error_of = (0.0, 0.5, 1.0, 2.0)
@@ -512,6 +513,9 @@ def test_each_number_of_the_table_stands_under_its_name():
         assert row.split() == [method, *filter(None, numbers)]
         for end, number in zip(right_ends, numbers, strict=True):
             assert row[:end].endswith(number or " ")
+    scores["refined_tokens+states+query"] = scores["refined_tokens"]
+    scores[f"refined_tokens+states+query{evaluate.OF_FORCED}"] = {"all": {"cosine_error": 0.08}}
+    assert len({len(line.rstrip()) for line in evaluate.format_table(scores).splitlines()[1:]}) == 1
 
 
 # Its pictures
@@ -545,9 +549,9 @@ def test_samples_are_chosen_by_the_rule_and_every_column_is_what_it_is_called(dr
         prompt = [cells[title] for title in ("source 1", "target 1", "query", "truth")]
         assert torch.equal(torch.stack(prompt), images[i])
         for method in shown:
-            y, y_true = written[method][i], written["vqgan_limit"][i]
+            y, target_tokens = written[method][i], written["vqgan_limit"][i]
             assert torch.equal(cells[method], Painter().decode(y[None])[0])
-            error = cosine_errors(y, y_true, Painter.codebook.weight)
+            error = cosine_errors(y, target_tokens, Painter.codebook.weight)
             assert torch.allclose(cells[f"error of {method}"].flatten(), error, atol=1e-6)
 
 
@@ -641,14 +645,14 @@ def test_curves_of_the_training_are_those_of_its_logs(drawn, tmp_path):
 
 
 def test_an_evaluation_measures_the_test_split_and_the_tokenizer_on_the_validation_split(run, tmp_path):
-    sentences = data.Sentences(SCENES, seed=2)
+    sentences = data.Sentences(replace(SCENES, eval_sentences=70), seed=2)
     images, task = data.joined(sentences.batches("test", 70))
     names = ("loss", "val_loss", "val_target_loss", "val_target_accuracy")
     log = {name: [9.0, 1.0 + number] for number, name in enumerate(names)}
     trained = SimpleNamespace(**vars(run), logs={"backbone": log}, seconds={"backbone": 7.0})
     setting = {"dtype": "float32", "seed": 3}
     with without_pictures():
-        said = evaluate.evaluate_run(tmp_path, trained, sentences, images, task, setting, {"backbone": 5})
+        said = evaluate.evaluate_run(tmp_path, trained, sentences, setting, {"backbone": 5})
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     tokens = run.tokenizer.encode(images.flatten(0, 1)).view(70, 4, 16)
     written = evaluate.decode_methods(

@@ -140,8 +140,8 @@ def test_the_readme_is_short():
 def test_the_example_for_ones_own_backbone_runs():
     code = re.search(r"```python\n(import torch, vsr\n.*?)```", PAGES[0].read_text(), re.DOTALL).group(1)
     codebook = torch.randn(50, 8) * 2
-    tokens, true_tokens = torch.randint(50, (2, 2, 256))
-    space = {"codebook": codebook, "my_rollouts": [(tokens, torch.randn(2, 256, 4096), true_tokens)]}
+    tokens, target_tokens = torch.randint(50, (2, 2, 256))
+    space = {"codebook": codebook, "my_rollouts": [(tokens, torch.randn(2, 256, 4096), target_tokens)]}
     exec(code, space)
     assert space["new_tokens"].shape == (2, 256)
     assert space["new_embeddings"].shape == (2, 256, 8)

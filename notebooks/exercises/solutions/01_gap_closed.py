@@ -13,7 +13,8 @@
 #
 # **Write** `gap_closed(free_running, refined, teacher_forced)`.
 #
-# - The three arguments are mean cosine errors: Python floats, 0 or more, lower is better.
+# - The three arguments are means of 1 - cos(written code, true code): Python floats, 0 or more; lower is
+#   better.
 # - The result is a Python float. 0: nothing is gained. 1: as much is gained as the true tokens before each
 #   position would give.
 # - Above 1 is possible, and so is below 0. Cut nothing off.
