@@ -96,24 +96,23 @@ def show(cells: list) -> str:
 
 
 def plot(path, cells: list) -> None:
-    """Above the error, below the accumulated part alone; a column for each length and group."""
+    """A row for each length: the error over all tasks, then the accumulated part alone, by group."""
     groups = report.by_setting(cells, "scale")
-    figure = report.new_figure(len(GROUPS), rows=2 * len(groups))
+    panels = [(curves, "all"), *((accumulated, name) for name in GROUPS)]
+    figure = report.new_figure(len(panels), 3.0, 2.6, rows=len(groups))
     for i, group in enumerate(groups.values()):
-        for j, name in enumerate(GROUPS):
-            for k, values_of in enumerate((curves, accumulated)):
-                axis = figure.axes[(2 * i + k) * len(GROUPS) + j]
-                for method in ("teacher_forced", *ROWS)[k:]:
-                    by_seed = values_of(group, method, name)
-                    width = by_seed.shape[1] // 16 * 2 + 1  # of the moving average
-                    padded = F.pad(by_seed[:, None], (width // 2, width // 2), mode="replicate")
-                    smooth = F.avg_pool1d(padded, width, 1)[:, 0]  # (seeds, N)
-                    colour = evaluate.COLOURS.get(method, "#9b5de5")
-                    axis.plot(smooth.mean(0), color=colour, label=method, linewidth=1)
-                axis.axhline(0, color="#888888", linewidth=0.6)
-                axis.set(title=f"{name}, {by_seed.shape[1]} tokens" if k == 0 else "")
-                axis.set_xlabel("token position t (raster order)" if k else "")
-                if j == 0:
-                    axis.set_ylabel("accumulated" if k else "cosine error")
+        for j, (values_of, name) in enumerate(panels):
+            axis = figure.axes[i * len(panels) + j]
+            for method in ("teacher_forced", *ROWS) if j == 0 else ROWS:
+                by_seed = values_of(group, method, name)
+                width = by_seed.shape[1] // 16 * 2 + 1  # of the moving average
+                padded = F.pad(by_seed[:, None], (width // 2, width // 2), mode="replicate")
+                smooth = F.avg_pool1d(padded, width, 1)[:, 0]  # (seeds, N)
+                colour = evaluate.COLOURS.get(method, "#9b5de5")
+                axis.plot(smooth.mean(0), color=colour, label=method, linewidth=1)
+            axis.axhline(0, color="#888888", linewidth=0.6)
+            what = "cosine error" if j == 0 else "accumulated"
+            axis.set_title(f"{what}, {name}, {by_seed.shape[1]} tokens", fontsize=9)
+            axis.set_xlabel("token position t (raster order)")
     report.legend_outside(figure, "upper center", ncols=1 + len(ROWS))
     report.save(figure, path)
