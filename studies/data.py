@@ -5,8 +5,6 @@ ours. Stated before it was run: that refinement is cheap is supported by curves 
 largest number; against it speak curves that still rise there.
 """
 
-import statistics
-
 from studies import report
 from studies.report import settings_table as show  # noqa: F401
 from studies.runner import READINGS, Setup, fit_each
@@ -30,15 +28,14 @@ def run(setup: Setup, seed: int) -> dict:
 
 def plot(path, cells: list) -> None:
     figure = report.new_figure(2, 4.2)
-    by_rollouts, by_time = figure.axes
+    by_rollouts, by_steps = figure.axes
     for reading, colour in zip(READINGS, ("#66a5e0", "#1d4e9e"), strict=True):
         own = {name: name.split()[1:] for name in cells[0]["cost"] if name.startswith(f"{reading},")}
         amount = {name: int(number.replace(",", "")) for name, (number, _) in own.items()}
-        rollouts = [name for name, (_, what) in own.items() if what == "rollouts"]
-        # With all rollouts the whole number of steps is the last point of the other curve too
-        steps = [*(name for name, (_, what) in own.items() if what == "steps"), rollouts[-1]]
-        seconds = {name: statistics.median(cell["cost"][name]["seconds"] for cell in cells) for name in steps}
-        for axis, places in ((by_rollouts, {name: amount[name] for name in rollouts}), (by_time, seconds)):
+        rollouts = {name: amount[name] for name, (_, what) in own.items() if what == "rollouts"}
+        steps = {name: amount[name] for name, (_, what) in own.items() if what == "steps"}
+        steps[max(rollouts, key=rollouts.get)] = 2 * max(steps.values())  # all rollouts, all steps
+        for axis, places in ((by_rollouts, rollouts), (by_steps, steps)):
             values = [report.gaps(cells, name, "all") for name in places]
             report.curve(axis, list(places.values()), values, color=colour, label=f"reads {reading}")
     for axis in figure.axes:
@@ -46,6 +43,6 @@ def plot(path, cells: list) -> None:
         axis.set_ylabel("gap closed")
     by_rollouts.set_xscale("log")
     by_rollouts.set_xlabel("rollouts to train on (the same number of steps)")
-    by_time.set_xlabel("seconds of training, all rollouts")
+    by_steps.set_xlabel("steps of training, all rollouts")
     report.legend(by_rollouts)
     report.save(figure, path)
