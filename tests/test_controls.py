@@ -1478,7 +1478,7 @@ def test_curves_are_of_the_method_in_the_legend(figures):
     cells = make_cells()
     for cell in cells:
         cell["scores"] |= {name: cell["scores"][method] for name, method in settings.items()}
-        cell["cost"] = dict.fromkeys(settings, {"params": 100})
+        cell["cost"] = {name: {"params": 100} for name in settings}
     data_study.plot("path", cells)
     names, axes = list(settings), figures[-1].axes
     for number, reading in enumerate(runner.READINGS):
@@ -1509,22 +1509,19 @@ def test_curves_are_of_the_method_in_the_legend(figures):
     positions.plot("path", mixed(groups))
     axes = iter(figures[-1].axes)
     for cells in groups.values():
-        for beyond in (False, True):
-            for group in GROUPS:
-                lines = {
-                    line.get_label(): line.get_ydata()
-                    for line in next(axes).lines
-                    if line.get_label()[0] != "_"
-                }
-                assert lines.keys() == {*positions.ROWS, *(() if beyond else ("teacher_forced",))}
-                for method, y in lines.items():
-                    by_place = zip(*(error_of(c, method, group, BY_PLACE) for c in cells), strict=True)
-                    expected = torch.tensor([statistics.fmean(values) for values in by_place])
-                    if beyond:
-                        name = "teacher_forced" if method == "ar_greedy" else method + OF_FORCED
-                        forced = [error_of(c, name, group, BY_PLACE) for c in cells]
-                        expected = expected - torch.tensor(forced).mean(0)
-                    assert torch.allclose(torch.as_tensor(y).float(), expected, atol=1e-5)
+        for beyond, group in ((False, "all"), *((True, group) for group in GROUPS)):
+            lines = {
+                line.get_label(): line.get_ydata() for line in next(axes).lines if line.get_label()[0] != "_"
+            }
+            assert lines.keys() == {*positions.ROWS, *(() if beyond else ("teacher_forced",))}
+            for method, y in lines.items():
+                by_place = zip(*(error_of(c, method, group, BY_PLACE) for c in cells), strict=True)
+                expected = torch.tensor([statistics.fmean(values) for values in by_place])
+                if beyond:
+                    name = "teacher_forced" if method == "ar_greedy" else method + OF_FORCED
+                    forced = [error_of(c, name, group, BY_PLACE) for c in cells]
+                    expected = expected - torch.tensor(forced).mean(0)
+                assert torch.allclose(torch.as_tensor(y).float(), expected, atol=1e-5)
 
     forced = {name: [[0.0, 1.0, 3.0 + i, 2.0]] for i, name in enumerate(probe.COLOURS)}
     natural = {name: [1.0, 0.5 * i] for i, name in enumerate(probe.COLOURS)}
