@@ -124,7 +124,7 @@ def parse_arguments():
     parser.add_argument("--seed", type=runtime.seed, default=0, help="which sentences, and the sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", default="generated.png", help="the picture (default: generated.png)")
-    parser.add_argument("--gif", metavar="PATH", help="also write an animation of the first sentence")
+    parser.add_argument("--gif", metavar="PATH", help="also write an animation, of the largest error")
     parser.add_argument(
         "--save", metavar="PATH", help="also write its refined image alone, as large as it is"
     )
@@ -185,17 +185,18 @@ def main():
     for name, error in errors.items() if truth_known else ():
         psnr = vqgan.psnr(made[name], images[:, -1]).mean().item()
         print(f"  {name:27} cosine error {error.mean().item():.4f}, PSNR {psnr:.2f} dB")
+    worst = errors["generated"].mean(1).argmax().item() if truth_known else 0  # where most is to be refined
     refined = [name for name in written if name.startswith("refined_")] or ["parallel"]
     name = "refined_tokens+query" if "refined_tokens+query" in refined else refined[0]
     if args.save:
-        image = Image.fromarray(data.to_uint8(made[name][0]).permute(1, 2, 0).numpy())
+        image = Image.fromarray(data.to_uint8(made[name][worst]).permute(1, 2, 0).numpy())
         image = image.resize([side * args.scale for side in image.size], Image.Resampling.BICUBIC)
         runtime.write_whole(args.save, image.save)
         print(f"wrote {args.save}, {image.width} x {image.height} pixels, with {name}")
     if args.gif:
-        y_first = target_tokens[0] if truth_known else None
-        first = (images[0, -2], images[0, -1], rollout.tokens[0], written[name][0], y_first)
-        save_animation(args.gif, tokenizer, *first)
+        known = target_tokens[worst] if truth_known else None
+        shown = (*images[worst, -2:], rollout.tokens[worst], written[name][worst], known)
+        save_animation(args.gif, tokenizer, *shown)
         print(f"wrote {args.gif}, with {name}")
 
 
