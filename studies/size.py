@@ -65,7 +65,8 @@ def plot(path, cells: list) -> None:
             values = report.gaps(cells, name, "all")
             report.curve(axis, [x], [values], color="#1d4e9e")
             place, text = (x, statistics.fmean(values)), name.removeprefix(f"{reading}, ")
-            axis.annotate(text, place, xytext=(6, -10), textcoords="offset points", fontsize=8)
+            where = {"xytext": (6, -10)} if text.startswith("1") else {"xytext": (-6, 4), "ha": "right"}
+            axis.annotate(text, place, textcoords="offset points", fontsize=8, **where)
         axis.axhline(0, color="#888888", linewidth=0.6)
         report.log_x(axis, list(own.values()))
         axis.set(title=f"reads {reading}", ylabel="gap closed", xlabel="refiner's parameters / backbone's")
