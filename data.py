@@ -181,7 +181,7 @@ def load_image(path, size: int) -> torch.Tensor:
     Raises UserError, naming the file, if it cannot be read as an image.
     """
     try:
-        with warnings.catch_warnings(record=True), Image.open(path) as image:  # unreadable: raises
+        with warnings.catch_warnings(record=True), Image.open(path) as image:  # of what it can read
             image.draft(None, (4 * size, 4 * size))  # of a large JPEG only the size that is needed
             image.load()
             turn = None
