@@ -625,6 +625,19 @@ class LoraBothRandom(Lora):
         nn.init.normal_(self.B)
 
 
+class LoraOtherWayRound(Lora):
+    def __init__(self, linear, rank):
+        super().__init__(linear, rank)
+        nn.init.zeros_(self.A)
+        nn.init.normal_(self.B)
+
+
+class LoraOnes(Lora):
+    def __init__(self, linear, rank):
+        super().__init__(linear, rank)
+        nn.init.ones_(self.A)
+
+
 class LoraSwapped(Lora):
     def __init__(self, linear, rank):
         super().__init__(linear, rank)
@@ -1147,6 +1160,8 @@ WRONG = {
         ((LoraNotFrozen,), "linear.bias, linear.weight would be trained as well"),
         ((LoraBothZero,), "A and B both start at zero"),
         ((LoraBothRandom,), "before training the layer is off .* B has to start at zero"),
+        ((LoraOtherWayRound,), "B starts at zero and A at random: you have them the other way round"),
+        ((LoraOnes,), "the numbers of A are all the same"),
         ((LoraSwapped,), r"A has shape \(5, 2\), expected \(2, 5\)"),
         ((LoraScaled,), "without any scale"),
         ((LoraDetached,), "no gradient reaches A"),
@@ -1371,6 +1386,9 @@ def test_the_open_exercise_reports_what_was_measured(shipped, capsys):
     assert plain.split()[2] == f"{error.mean().item():.4f}"
     assert plain.split()[6] == f"{(tokens == case.truth).float().mean().item():.1%}"
     assert "not better than plain refinement" in lines[-1]
+    control, _ = vsr.refine(case.refiners["query"], case.codebook, *case.rollout)
+    row = next(line for line in lines if line.startswith("control"))
+    assert row.split()[6] == f"{(control == case.truth).float().mean().item():.1%}"
 
 
 def test_the_solution_of_the_open_exercise_has_a_smaller_error_with_the_shipped_weights(run_cells, capsys):

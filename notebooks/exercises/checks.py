@@ -856,6 +856,11 @@ def check_lora_layer(LoRALinear) -> None:
             (A != 0).any() or (B != 0).any(),
             "A and B both start at zero, so neither ever gets a gradient: A starts at random",
         )
+        expect(not B.any(), "B starts at zero and A at random: you have them the other way round")
+        expect(
+            A.std() > 1e-3,
+            "the numbers of A are all the same: rank 1 is all it can learn; draw them at random",
+        )
 
         trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
         missing = {"A", "B"} - trained
@@ -1509,6 +1514,7 @@ def report(case: Case, yours: torch.Tensor) -> str:
     written = {
         "backbone alone": case.rollout.tokens,
         "plain refinement": plain_refinement(case),
+        "control (query)": vsr.refine(case.refiners["query"], case.codebook, *case.rollout)[0],
         "yours": yours,
         "teacher forced": case.backbone.logits(forced).argmax(-1),
     }
@@ -1522,8 +1528,9 @@ def report(case: Case, yours: torch.Tensor) -> str:
         right[name] = (tokens == case.truth).float().mean().item()
         row = "".join(f"{value:10.4f}" for value in (mean[name], *by_task))
         lines.append(f"{name:18}{row}{right[name]:14.1%}")
-    for number, name in ((2, "plain refinement"), (3, "yours")):
+    for number, name in ((2, "plain refinement"), (3, "control (query)"), (4, "yours")):
         lines[number] += f"{vsr.gap_closed(mean['backbone alone'], mean[name], mean['teacher forced']):12.2f}"
+    lines.append("What the control has too, without a look at what was written, is no repair.")
     if mean["yours"] >= mean["plain refinement"]:
         lines.append("Yours is not better than plain refinement, which is a result too.")
     elif right["yours"] < right["plain refinement"]:

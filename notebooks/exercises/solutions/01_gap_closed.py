@@ -6,7 +6,7 @@
 # A backbone that writes an image token by token accumulates errors. Two numbers frame what can be repaired:
 # the error when it runs on its own (*free-running*), and the error when it sees the true tokens before each
 # position (*teacher forcing*). What lies between the two is what accumulation cost. The metric takes this
-# distance as its unit, and asks how much a refiner gains.
+# distance as its unit, and asks how much a *refiner* gains, a small network that corrects what was written.
 #
 # $$\text{gap closed} =
 # \frac{E_\text{free-running} - E_\text{refined}}{E_\text{free-running} - E_\text{teacher-forced}}$$
@@ -60,14 +60,13 @@ check_gap_closed(gap_closed)
 # %% [markdown]
 # Use it on a finished run: what each refiner closes of each task's gap. Free-running is greedy decoding, as
 # in the project. The right picture has the tokens that are right, of the same methods: the two pictures need
-# not tell the same story. `parallel`, where the run has it, reads the prompt alone and nothing of what was
-# written.
+# not tell the same story.
 
 # %%
 scores = json.loads((root / "results" / "toy" / "metrics.json").read_text())["methods"]
 error = {method: {name: score["cosine_error"] for name, score in by.items()} for method, by in scores.items()}
 names = list(error["teacher_forced"])
-refined = [name for name in scores if name.startswith(("refined_", "parallel")) and " of " not in name]
+refined = [name for name in scores if name.startswith("refined_") and " of " not in name]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 for number, method in enumerate(("ar_greedy", *refined)):
     shares, right = [], [scores[method][name]["token_accuracy"] for name in names]

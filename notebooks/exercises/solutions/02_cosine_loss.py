@@ -12,7 +12,7 @@
 #
 # **Write** `cosine_loss(refined, target)`.
 #
-# - `refined`, `target`: float32 `(B, N, D)`, B images, N positions, D numbers a vector. Of any length, not
+# - `refined`, `target`: float32 `(B, N, D)`, B images, N positions, D numbers a vector. Of any norm, not
 #   unit norm.
 # - The result: a float32 tensor of shape `()`, from 0 (all directions equal) to 2 (all opposite), the mean
 #   over all positions of all images. Gradients must reach `refined`.

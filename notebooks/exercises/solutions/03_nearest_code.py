@@ -10,7 +10,7 @@
 #
 # **Write** `nearest_code(embeddings, codebook)`.
 #
-# - `embeddings`: float32 `(..., D)`, any number of leading dimensions, also none. Of any length.
+# - `embeddings`: float32 `(..., D)`, any number of leading dimensions, also none. Of any norm.
 # - `codebook`: float32 `(V, D)`, V codes. **Not** of unit norm here.
 # - The result: tokens of shape `(...)`, type `torch.int64` (long), from 0 to V - 1. If two codes are equally
 #   near, either will do.

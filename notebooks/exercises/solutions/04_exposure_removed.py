@@ -14,7 +14,8 @@
 # | free running | $F$ | $F'$ |
 # | teacher-forced | $T$ | $T'$ |
 #
-# $F - T$ is what had accumulated, $F' - T'$ is what is left of it after refining.
+# $F - T$ is what had accumulated, $F' - T'$ is what is left of it after refining. (It is called *exposure*
+# after *exposure bias*: in training the backbone is never exposed to its own mistakes.)
 #
 # $$\text{exposure removed} = 1 - \frac{F' - T'}{F - T}, \qquad
 # \text{base error removed} = \frac{T - T'}{T}$$

@@ -87,4 +87,5 @@ plt.show()
 # **Go further.** With three blocks, which radius is the smallest with which every position hears of every
 # other? The pictures count paths: far places have fewer. What does that mean for how much of them arrives?
 # Suppose a refiner with radius 1 does nearly as well as one that sees all: name two explanations, and an
-# experiment that tells them apart. Then look [what came out](../../results/README.md).
+# experiment that tells them apart. Then look at *Is it global?* in
+# [the evidence](../../results/README.md).

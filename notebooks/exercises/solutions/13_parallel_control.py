@@ -10,9 +10,9 @@
 #
 # | reading | sees at each position | what it can do |
 # | --- | --- | --- |
-# | `tokens` | the token that was written | repair |
-# | `tokens+query` | that, and the backbone's state at the same place of the query | both |
-# | `query` | the state alone | answer the prompt again |
+# | `tokens` | the token that was written | repair, or hedge |
+# | `tokens+query` | that, and the backbone's state at the same place of the query | all of it |
+# | `query` | the state alone | answer the prompt again, or hedge |
 #
 # You write the training. Then you predict what comes out, and then you run it.
 #
@@ -153,6 +153,10 @@ came_out = {
     "most tokens right": max(written, key=scores["tokens right"].get),
     "most exposure removed": max(written, key=scores["exposure removed"].get),
 }
+errors, right = scores["cosine error"], scores["tokens right"]
+board = [*errors.values(), errors["tokens+query"] - errors["query"]]
+board += [*right.values(), right["tokens+query"] - right["query"]]
+print("\nfor the board: " + " | ".join([str(seed), *(f"{value:.3f}" for value in board)]))
 print(f"\n{'':24}{'you said':16}came out")
 for question, said in predict().items():
     print(f"{question:24}{said:16}{came_out[question]}")
@@ -174,13 +178,14 @@ plt.show()
 # Read it row by row.
 #
 # - `query` has never seen what was written, and its exposure removed is 1 whatever its error. Is its error
-#   below that of the backbone? Then that much of any refiner's gain can be had without repair.
+#   below that of the backbone? Then that much of the gain of `tokens+query` can be had without repair.
 # - What the written image adds is the difference between `tokens+query` and `query`, column by column. It
 #   need not have the same sign in each.
 # - `tokens` sees nothing but what was written. How far does it get in a minute?
 #
-# One seed is one seed. Put your row of numbers on the board beside those of the others: which differences
-# have the same sign for all of you?
+# One seed is one seed. Put your line on the board beside those of the others: the errors of the backbone and
+# of the three, `tokens+query` less `query`, and the same of the tokens that are right. Which differences have
+# the same sign for all of you?
 #
 # ## Where this is in the project
 #

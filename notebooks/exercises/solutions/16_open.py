@@ -31,8 +31,8 @@
 #   make a `torch.Generator` with a fixed seed inside the function. Leave the case as it is.
 #
 # The check measures on validation sentences that are not those of `load_case()`, prints the mean cosine error
-# and the share of tokens that are right beside those of plain refinement, and does not fail if yours is
-# worse. It calls `improve` three times.
+# and the share of tokens that are right beside those of plain refinement and of the control (`"query"` alone,
+# exercise 13), and does not fail if yours is worse. It calls `improve` three times.
 #
 # You start from [`refine` in `vsr.py`](../../vsr.py), and the numbers are
 # [`cosine_error` in `vsr.py`](../../vsr.py) and [`gap_closed` in `vsr.py`](../../vsr.py).
@@ -103,7 +103,8 @@ plt.show()
 # [`refine` in `vsr.py`](../../vsr.py) is one pass. [`decode_methods` in `evaluate.py`](../../evaluate.py) is
 # where all methods of the tables are run: add yours there to have it measured beside them.
 #
-# **Go further.** A smaller error with fewer right tokens is hedging: does yours repair? You tried several
+# **Go further.** A smaller error with fewer right tokens is hedging: does yours repair? If it reads the query
+# again, how much of what it gains has the control as well? You tried several
 # things and kept the best: how much of its advantage is luck? Measure the spread over sentences, then measure
 # once, at the end, on `load_case("test")`. What does your method cost, in passes of the backbone and of the
 # refiners, and would plain refinement with a larger refiner be cheaper?
