@@ -198,14 +198,12 @@ def evaluate_run(out: Path, trained, sentences, setting: dict, params: dict) -> 
     return "\n".join(lines)
 
 
-def new_figure(panels: int, xlabel: str):
-    """A figure with a row of panels, and its axes, without frames."""
-    figure = Figure(figsize=(3.25 * panels, 3.6), layout="constrained", dpi=120)
-    axes = figure.subplots(1, panels)
-    for axis in axes:
-        axis.set_xlabel(xlabel)
+def new_figure(panels: int, width: float = 3.4, height: float = 3.4, rows: int = 1) -> Figure:
+    """A figure with panels side by side, in one row or more: `figure.axes`."""
+    figure = Figure(figsize=(width * panels, rows * height), layout="constrained", dpi=120)
+    for axis in figure.subplots(rows, panels, squeeze=False).flat:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure
 
 
 def plot_error_by_position(path, scores: dict) -> None:
@@ -213,22 +211,24 @@ def plot_error_by_position(path, scores: dict) -> None:
 
     AUC, in the legend, is the sum over all positions, for all tasks together.
     """
-    figure, axes = new_figure(4, "token position t (raster order)")
-    for axis, name in zip(axes, ("all", *TASKS), strict=True):
+    figure = new_figure(4, 3.25, 3.6)
+    for axis, name in zip(figure.axes, ("all", *TASKS), strict=True):
         for method, colour in COLOURS.items():
             if method in scores and method != "ar_sampled":
                 error = torch.tensor(scores[method][name]["cosine_error_by_position"])
                 smooth = F.avg_pool1d(F.pad(error[None, None], (3, 3), mode="replicate"), 7, 1)[0, 0]
                 axis.plot(smooth, color=colour, label=f"{method}  AUC {error.sum():.2f}")
-        axis.set(title=name, ylim=(0, None))
-    axes[0].set_ylabel("cosine error")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
+        axis.set(title=name, ylim=(0, None), xlabel="token position t (raster order)")
+    figure.axes[0].set_ylabel("cosine error")
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", fontsize=7, frameon=False)
     runtime.write_whole(path, figure.savefig)
 
 
 def plot_training(path, logs: dict) -> None:
     """The losses of all stages: lines for training, dots for validation."""
-    figure, (losses, codes, cross_entropy, cosine) = new_figure(4, "step")
+    figure = new_figure(4, 3.25, 3.6)
+    losses, codes, cross_entropy, cosine = figure.axes
     log = logs["tokenizer"]
     for name in ("reconstruction", "gradient", "commitment", "generator", "discriminator"):
         if any(log[name]):
@@ -248,6 +248,7 @@ def plot_training(path, logs: dict) -> None:
         cosine.plot(log["val_step"], log["val_loss"], "o-", color=COLOURS[method], markersize=3, label=method)
     cosine.set(title="refiners", ylabel="cosine loss", yscale="log")
     for axis in figure.axes:
+        axis.set_xlabel("step")
         axis.legend(fontsize=7, frameon=False)
     runtime.write_whole(path, figure.savefig)
 

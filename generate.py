@@ -131,6 +131,8 @@ def parse_arguments():
     parser.add_argument("--scale", type=int, choices=range(1, 33), metavar="N", default=1,
                         help="make that image N times as large, 1 to 32 (default: 1)")  # fmt: skip
     args = parser.parse_args()
+    if args.scale > 1 and not args.save:
+        raise UserError(f"--scale {args.scale}: enlarges the image of --save; give that as well")
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g}: expected 0 (greedy), or 0.001 and above")
     narrowed = (args.top_k, args.top_p) != (0, 1)

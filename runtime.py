@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import filelock  # torch depends on it
@@ -52,15 +53,15 @@ def annotations(config_class) -> dict:
 def configs_from_flags(args, classes: dict, preset: dict) -> dict:
     """{component: config} of {component: class}: defaults, a preset's values over them, flags over both.
 
-    Raises UserError, naming the flag, for a number out of its range: by default an int is at least 1, a
-    float at least 0, and both are finite.
+    Raises UserError, naming the flag, for a number out of its range: by default an int is from 1 to 10^9,
+    a float at least 0 and finite.
     """
     configs = {}
     for component, config_class in classes.items():
         prefix, values = "" if component == "data" else f"{component}_", dict(preset.get(component, {}))
         for name, (kind, _, *limits) in annotations(config_class).items():
             if (given := getattr(args, f"{prefix}{name}", None)) is not None:
-                low, high = limits[0] if limits else (int(kind is int), math.inf)
+                low, high = limits[0] if limits else (1, 10**9) if kind is int else (0, math.inf)
                 if kind in (int, float) and not (low <= given <= high and math.isfinite(given)):
                     at_most = f" and at most {high:g}" if high < math.inf else " and finite" * (kind is float)
                     flag = f"--{prefix}{name}".replace("_", "-")
@@ -104,6 +105,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        torch.backends.cudnn.allow_tf32 = False  # its convolutions in float32: near codes need the digits
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type not in ("cpu", "cuda", "mps"):
@@ -111,21 +113,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device, run: Path | None = None) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, begun: Sequence[Path] = ()) -> torch.dtype:
     """`auto`, `float32` or `bfloat16` -> the precision of `autocast`.
 
-    `auto`: what the run in the folder `run` was begun in, else bfloat16 where the hardware is fast at it.
+    begun: files of a run's first stage. `auto`: what the run was begun in, if one is there, else bfloat16
+    where the hardware is fast at it.
     """
     if name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if device.type != "cpu":
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if fast else "float32"
-        for path in (run / "tokenizer.pt", run / "tokenizer.progress") if run else ():
-            run_of = load_checkpoint(path)["config"].get("run", {}) if path.is_file() else {}
-            if (begun := run_of.get("dtype", name)) != name:
-                print(f"--dtype {begun}: {run} was begun in it; here, --dtype auto would be {name}")
-                name = begun
+        for path in filter(Path.is_file, begun):
+            if (kept := load_checkpoint(path)["config"].get("run", {}).get("dtype", name)) != name:
+                print(f"--dtype {kept}: {path.parent} was begun in it; here, --dtype auto would be {name}")
+                name = kept
     return getattr(torch, name)
 
 
@@ -140,7 +142,9 @@ def check_compile(device: torch.device) -> None:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which models run: matrix products in dtype, or nothing changed for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    if dtype == torch.float32:  # without naming it: some versions warn of it where it is not supported
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def write_whole(path, write) -> None:
@@ -254,7 +258,7 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     progress: None, or (file, configuration). Every `every` steps the file gets all that the loop changes:
     `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is there at
     the start, all of it is put back, and the weights at the end are those of a training that was not
-    interrupted (with dropout, on a CPU only: a GPU's random state is not kept). log["seconds"]: how long
+    interrupted: on a CPU bit for bit, on a GPU up to rounding, and not with dropout. log["seconds"]: how long
     they took, in all attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt.
     Raises UserError for another configuration, and for weights that are not finite: they are not saved.
     """
@@ -329,21 +333,24 @@ def finite_mean(loss: torch.Tensor, name: str, step: int, flag: str, rate: float
 # and DistributedDataParallel averages the gradients: the batch is the same for any number of processes.
 
 
-def start_processes(device: torch.device, batch_sizes: dict) -> torch.device:
+def start_processes(name: str, batch_sizes: dict) -> torch.device:
     """Join the processes that `torchrun` has started, if it has; returns the device of this one.
 
-    batch_sizes: {flag: size}. Raises UserError if one cannot be divided, or there are too few GPUs.
+    name: as for `pick_device`. batch_sizes: {flag: size}. Raises UserError if one cannot be divided, or
+    there are too few GPUs.
     """
     if not dist.is_torchelastic_launched():
-        return device
+        return pick_device(name)
     processes = int(os.environ["WORLD_SIZE"])
     for flag, size in batch_sizes.items():
         if size % processes:
             raise UserError(f"{flag} {size}: not a multiple of the {processes} processes")
-    if device.type not in ("cpu", "cuda") or device.index is not None:
-        raise UserError(f"--device {device}: with torchrun it is cpu, or cuda: a GPU for each process")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: with torchrun it is cpu, or cuda: a GPU for each process")
+    device = pick_device(name if name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:

@@ -58,7 +58,7 @@ PRESETS = {
 def scheduled_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 5 % of the steps (100 at most), then a cosine down to 2 % of the peak."""
     warmup = min(100, max(1, steps // 20))
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(step / steps, 1))).item())
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
     return peak * min(1, (step + 1) / warmup) * max(0.02, cosine)
 
 
@@ -119,7 +119,7 @@ def optimizer_step(loss, model: nn.Module, optimizers: list, rate: float, clip: 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     loss.backward()
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -368,6 +368,8 @@ def refiner_for(write, prompts, target_tokens, codebook, grid: tuple[int, int], 
     fields = {name: torch.cat(part) for name, part in parts.items()}  # (S, N) or (S, N, C)
     y, target_tokens = fields["tokens"], target_tokens.cpu()
     vsr.require_same_shape(y, target_tokens)
+    if len(y) < 2:
+        raise ValueError("one sentence is held out, and none is left to train on: give two or more")
     if min(y.min(), target_tokens.min()) < 0 or max(y.max(), target_tokens.max()) >= len(codebook):
         raise ValueError(f"tokens outside 0 to {len(codebook) - 1}: take off the offset of the vocabulary")
     held, rollouts, targets = max(1, len(target_tokens) // 16), {}, {}
@@ -388,7 +390,7 @@ class Trained(NamedTuple):
     backbone: GPT
     refiners: dict  # {reading: Refiner}, a reading being "tokens+query" for instance
     tokens: dict  # {"train", "val": (S, 2K+2, N)} the sentences
-    generated: dict  # {"train", "val": (S, N)} what the backbone wrote for their last image
+    generated: dict  # {"train", "val": (S, N)} what the backbone wrote for the first of them
     logs: dict  # {stage: its log}
     seconds: dict  # {stage: wall time}
 
@@ -441,17 +443,18 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
         made_with[f"{split}_sentences"] = total
     seconds["sentences"] = time.perf_counter() - began
     made_with["gpt"] = asdict(config["gpt"])
-    known = (config["gpt"], tokens["train"], tokens["val"], len(codebook), *run, compile)
-    backbone = stage("backbone", lambda p: train_backbone(*known, progress=p))
-    if (step := turned_at(logs["backbone"])) is not None and runtime.is_first():
+    given = (config["gpt"], tokens["train"], tokens["val"], len(codebook), *run, compile)
+    backbone = stage("backbone", lambda p: train_backbone(*given, progress=p))
+    if (step := turned_at(logs["backbone"])) is not None:
         print(f"backbone: the validation loss has risen since step {step}. It learns its pictures by heart, "
               "and a refiner sees too few of its mistakes: stop here and give more pictures, or "
               f"--gpt-steps {step} --fresh backbone")  # fmt: skip
 
     # 3. Its rollouts
     made_with |= {"rollouts": config["refiner"].rollouts, "rollout_batch": config["refiner"].rollout_batch}
-    tokens["train"] = tokens["train"][: config["refiner"].rollouts]
-    every, n = torch.cat([tokens["train"], tokens["val"]]), len(tokens["train"])
+    n = config["refiner"].rollouts
+    known = {"train": tokens["train"][:n], "val": tokens["val"]}
+    every = torch.cat(list(known.values()))
 
     def write_rollouts(progress):
         y, log = make_rollouts(backbone, every, autocast, config["refiner"].rollout_batch, progress)
@@ -461,17 +464,17 @@ def train_models(out: Path, config, readings, sentences, device, dtype, seed, fr
 
     # 4. The refiners
     began, needed = time.perf_counter(), {source for reading in readings for source in reading.split("+")}
-    generated = {split: generated[split] for split in tokens}
-    rollouts, targets = {}, {split: tokens[split][:, -1] for split in tokens}
+    generated = {split: generated[split] for split in known}
+    rollouts, targets = {}, {split: known[split][:, -1] for split in known}
     if fresh == "refiner" or not all((out / f"refiner_{reading}.pt").is_file() for reading in readings):
-        for split in tokens:
-            rollouts[split] = replay_rollouts(backbone, tokens[split], generated[split], needed, autocast)
+        for split in known:
+            rollouts[split] = replay_rollouts(backbone, known[split], generated[split], needed, autocast)
         seconds["states"] = time.perf_counter() - began
     made_with["refiner"], refiners = asdict(config["refiner"]), {}
     for reading in readings:
         made_with["reads"] = reading
-        known = (config["refiner"], reading.split("+"), codebook, tokenizer.grid, rollouts, targets, *run)
-        refiners[reading] = stage(f"refiner_{reading}", lambda p, k=known: train_refiner(*k, progress=p))
+        given = (config["refiner"], reading.split("+"), codebook, tokenizer.grid, rollouts, targets, *run)
+        refiners[reading] = stage(f"refiner_{reading}", lambda p, k=given: train_refiner(*k, progress=p))
     return Trained(tokenizer, backbone, refiners, tokens, generated, logs, seconds)
 
 
@@ -481,7 +484,8 @@ def parse_arguments():
     parser.add_argument("--out", default="runs/PRESET", help="folder of the run (default: runs/PRESET)")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of data, initialisation and batches")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="auto: bfloat16 where the hardware is fast at it, else float32")  # fmt: skip
     parser.add_argument("--reads", dest="readings", nargs="+", type=evaluate.reading, default=READINGS,
                         metavar="READING", help="refiners, by what each reads: tokens, states and query, "
                         f"joined by + (default: {' '.join(READINGS)})")  # fmt: skip
@@ -510,6 +514,9 @@ def check_sizes(config: dict, readings) -> dict:
                 model = evaluate.make_model(name.split("_")[0], {**plain, "reads": reading})
         except ValueError as error:
             raise UserError(f"--vqgan-factor, --image-size: {error}") from None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{name.split('_')[0]}: its sizes are too large ({reason})") from None
         params[name] = sum(p.numel() for p in model.parameters())
         print(f"{name:24}{params[name] / 1e6:10.3f} M parameters")
     return params
@@ -519,8 +526,9 @@ def main():
     args = parse_arguments()
     config = runtime.configs_from_flags(args, CONFIGS, PRESETS[args.preset])
     batch_sizes = {f"--{name}-batch-size": config[name].batch_size for name in ("vqgan", "gpt", "refiner")}
-    device = runtime.start_processes(runtime.pick_device(args.device), batch_sizes)
-    dtype = runtime.pick_dtype(args.dtype, device, None if args.fresh == "tokenizer" else args.out)
+    device = runtime.start_processes(args.device, batch_sizes)
+    first_stage = [args.out / f"tokenizer.{ending}" for ending in ("pt", "progress")]
+    dtype = runtime.pick_dtype(args.dtype, device, () if args.fresh == "tokenizer" else first_stage)
     params = check_sizes(config, args.readings)
     if args.dry_run:
         return
@@ -533,8 +541,8 @@ def main():
         runtime.check_writable(Path(args.weights).parent, "--weights")
     sentences = data.Sentences(config["data"], args.seed)
     total = config["data"].eval_sentences
-    found = {number for _, task in sentences.batches("test", total) for number in task.tolist()}
-    if len(found) < len(data.TASKS):
+    _, task = next(iter(sentences.batches("test", total)))
+    if len(task.unique()) < len(data.TASKS):
         raise UserError(f"--eval-sentences {total}: too few, a task does not come up; give more")
 
     run = (device, dtype, args.seed)

@@ -85,9 +85,9 @@ class Codebook(nn.Module):
         self.unused[tokens.flatten()] = 0
 
     @torch.no_grad()
-    def revive(self, z: torch.Tensor, longer_than: int, generator: torch.Generator) -> int:
-        """Put codes unused for `longer_than` steps onto random encoder outputs z (n, D); returns how many."""
-        dead = (self.unused >= longer_than).nonzero().flatten()
+    def revive(self, z: torch.Tensor, for_steps: int, generator: torch.Generator) -> int:
+        """Put codes unused for `for_steps` steps onto random encoder outputs z (n, D); returns how many."""
+        dead = (self.unused >= for_steps).nonzero().flatten()
         chosen = torch.randint(len(z), (len(dead),), generator=generator).to(z.device)
         self.weight[dead] = z[chosen].to(self.weight.dtype)
         self.unused[dead] = 0

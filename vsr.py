@@ -37,7 +37,7 @@ SOURCES = ("tokens", "states", "query")  # the sources that a refiner can read a
 class Rollout(NamedTuple):
     """What the frozen backbone wrote for a batch of prompts, and its hidden states meanwhile."""
 
-    tokens: torch.Tensor  # (B, N) long: y_q
+    tokens: torch.Tensor | None  # (B, N) long: y_q
     states: torch.Tensor | None = None  # (B, N, C): the last hidden state that predicted each token
     query: torch.Tensor | None = None  # (B, N, C): the last hidden states over src_q
 
@@ -47,7 +47,7 @@ class RefinerConfig:
     """The refiner and its training."""
 
     layers: Annotated[int, "bidirectional Transformer blocks"] = 3
-    heads: Annotated[int, "attention heads; each has width // heads numbers, and 8 of them is fast"] = 7
+    heads: Annotated[int, "attention heads, of width // heads numbers each (8 is fast)"] = 7
     width: Annotated[int, "size of a hidden state"] = 56
     dropout: Annotated[float, "dropout in the blocks while training", (0, 0.99)] = 0.0
     attention: Annotated[bool, "let positions see each other; without it: a control"] = True
@@ -164,12 +164,12 @@ def refine(refiner: Refiner, codebook, tokens=None, states=None, query=None, emb
 
 def embed(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """codebook[y]: tokens (B, N) of any integer type, codebook (V, D) -> (B, N, D). ValueError for others."""
-    integers = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
+    integers, index = not (tokens.is_floating_point() or tokens.dtype == torch.bool), tokens.long()
     # Checked here: on a GPU a wrong index does not raise, it makes the GPU unusable for this process
-    if tokens.numel() and not (integers and tokens.min() >= 0 and tokens.max() < len(codebook)):
-        found = f"{tokens.min()} to {tokens.max()} ({tokens.dtype})"
+    if index.numel() and not (integers and index.min() >= 0 and index.max() < len(codebook)):
+        found = f"{index.min()} to {index.max()} ({tokens.dtype})"
         raise ValueError(f"tokens from {found}: expected integers from 0 to {len(codebook) - 1}")
-    return F.embedding(tokens.long(), codebook)  # .long(): as an index uint8 is a mask
+    return F.embedding(index, codebook)
 
 
 def require_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -196,7 +196,7 @@ def cosine_error(tokens, target_tokens, codebook: torch.Tensor) -> torch.Tensor:
     require_same_shape(tokens, target_tokens)
     vectors = F.normalize(codebook.float(), dim=-1)
     error = 1 - (embed(tokens, vectors) * embed(target_tokens, vectors)).sum(-1)  # (B, N)
-    return error.masked_fill(tokens == target_tokens, 0.0)
+    return error.masked_fill(tokens.long() == target_tokens.long(), 0.0)
 
 
 def gap_closed(free_running: float, refined: float, teacher_forced: float) -> float:
@@ -265,11 +265,11 @@ class RelativeBias(nn.Module):
     def __init__(self, heads: int, grid: tuple[int, int]):
         super().__init__()
         h, w = grid
-        self.table = nn.Parameter(torch.zeros(heads, (2 * h - 1) * (2 * w - 1)))
+        table = torch.zeros(heads, (2 * h - 1) * (2 * w - 1))
         y, x = torch.arange(1 - h, h)[:, None], torch.arange(1 - w, w)
         nearest = (y * y + x * x).flatten().argsort(stable=True)[h * w > 1 :]  # without its own place
-        self.table.data[range(heads), nearest[torch.arange(heads) % len(nearest)]] = 5.0
-        self.grid = grid
+        table[range(heads), nearest[torch.arange(heads) % len(nearest)]] = 5.0
+        self.table, self.grid = nn.Parameter(table), grid
 
     def forward(self) -> torch.Tensor:
         h, w = self.grid

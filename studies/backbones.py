@@ -12,11 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import evaluate
+import runtime
 import train_refiner
 import vsr
-from evaluate import method_name
+from runtime import UserError
 from studies import report
-from studies.runner import Setup, count, fit, models_of, replay, score_refiners
+from studies.runner import READ_BY, Setup, count, fit, models_of, replay, score_refiners
 from vsr import GPTConfig, Rollout
 
 MINUTES = 25
@@ -77,52 +78,36 @@ class Llama(vsr.GPT):
         return self.norm(x)
 
 
-class Recurrent(nn.Module):
-    """A backbone that is no Transformer: a GRU over the sentence. It has what a refiner needs, no more.
-
-    `generate` gives tokens and states, `replay` the states of known tokens, `logits` the predictions.
-    """
+class Recurrent(vsr.GPT):
+    """A backbone that is no Transformer: a GRU over the sentence, with a memory in place of a cache."""
 
     def __init__(self, config: GPTConfig, codebook_size: int, tokens_per_image: int, num_images: int):
-        super().__init__()
+        nn.Module.__init__(self)
         self.config, self.start_token, self.tokens_per_image = config, codebook_size, tokens_per_image
         self.token_embedding = nn.Embedding(codebook_size + 1, config.width)
         self.place_embedding = nn.Embedding(num_images * tokens_per_image, config.width)
         self.blocks = nn.GRU(config.width, config.width, config.layers, batch_first=True)
         self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, codebook_size, bias=False)
 
-    def hidden(self, inputs: torch.Tensor, memory: torch.Tensor | None = None, start: int = 0):
+    def advance(self, inputs: torch.Tensor, memory: torch.Tensor | None = None, start: int = 0):
         """Inputs (B, T) from position `start` on, and the memory so far -> states (B, T, C), memory."""
         place = torch.arange(start, start + inputs.shape[1], device=inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):
             x, memory = self.blocks(self.token_embedding(inputs) + self.place_embedding(place), memory)
             return self.norm(x), memory
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        states, _ = self.hidden(F.pad(tokens[:, :-1], (1, 0), value=self.start_token))
-        return self.head(states)
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(states.device.type, enabled=False):
-            return self.head(states.float())
-
-    @torch.no_grad()
-    def replay(self, prompt: torch.Tensor, tokens: torch.Tensor | None = None) -> Rollout:
-        P, N = prompt.shape[1], self.tokens_per_image
-        known = prompt if tokens is None else torch.cat([prompt, tokens[:, :-1]], dim=1)
-        hidden, _ = self.hidden(F.pad(known, (1, 0), value=self.start_token))  # (B, P+1 or P+N, C)
-        states = None if tokens is None else hidden[:, P:]
-        return Rollout(tokens, states, hidden[:, P - N + 1 : P + 1])
+    def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.advance(inputs)[0]
 
     @torch.no_grad()
     def generate(self, prompt, num_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None) -> Rollout:
-        hidden, memory = self.hidden(F.pad(prompt, (1, 0), value=self.start_token))
+        hidden, memory = self.advance(F.pad(prompt, (1, 0), value=self.start_token))
         query, state, tokens, states = hidden[:, -num_tokens:], hidden[:, -1:], [], []
         for t in range(num_tokens):
             states.append(state)
             tokens.append(vsr.sample(self.logits(state[:, 0]), temperature, top_k, top_p, generator))
             if t + 1 < num_tokens:
-                state, memory = self.hidden(tokens[-1][:, None], memory, prompt.shape[1] + 1 + t)
+                state, memory = self.advance(tokens[-1][:, None], memory, prompt.shape[1] + 1 + t)
         return Rollout(torch.stack(tokens, dim=1), torch.cat(states, dim=1), query)
 
 
@@ -136,11 +121,11 @@ BACKBONES = {
 }
 SETTINGS = [{"backbone": name} for name in BACKBONES]
 
-METHODS = tuple(map(method_name, train_refiner.READINGS))
-
 
 def run(setup: Setup, seed: int, backbone: str) -> dict:
     make, changes = BACKBONES[backbone]
+    if (width := setup.config["gpt"].head_width) % 2:
+        raise UserError(f"--gpt-head-width {width}: rotary positions turn pairs of numbers; give an even one")
     models = models_of(setup, seed)
     trained, rollouts = models.trained, setup.config["study"].rollouts
     tokens = {"train": trained.tokens["train"][:rollouts], "val": trained.tokens["val"]}
@@ -150,7 +135,8 @@ def run(setup: Setup, seed: int, backbone: str) -> dict:
     else:
         config = replace(setup.config["gpt"], **changes)
         train, val, codes = trained.tokens["train"], trained.tokens["val"], len(models.codebook)
-        progress = setup.progress("backbone", {"gpt": asdict(config)})
+        codebook = runtime.fingerprint({"codebook": models.codebook})
+        progress = setup.progress("backbone", {"gpt": asdict(config), "codebook": codebook})
         model, _ = train_refiner.train_backbone(
             config, train, val, codes, setup.device, setup.dtype, seed, make=make, progress=progress
         )
@@ -159,9 +145,8 @@ def run(setup: Setup, seed: int, backbone: str) -> dict:
             generated[split], _ = train_refiner.make_rollouts(model, sentences, setup.autocast, batch)
     models = models._replace(trained=trained._replace(backbone=model, tokens=tokens, generated=generated))
     known, refiners = replay(setup, models), {}
-    for reading in train_refiner.READINGS:
-        options = {"reads": reading.split("+"), "steps": setup.config["study"].steps}
-        name = method_name(reading)
+    for name, reads in READ_BY.items():
+        options = {"reads": reads, "steps": setup.config["study"].steps}
         refiners[name], _ = fit(setup, models, name, *known, seed, **options)
     return {**score_refiners(setup, models, refiners, seed), "backbone_params": count(model)}
 
@@ -172,18 +157,18 @@ def show(cells: list) -> str:
         lines += [
             f"{name}, {group[0]['backbone_params'] / 1e6:.2f} M parameters: {report.backbone_line(group)}"
         ]
-        lines += [report.measures_table(group, METHODS), ""]
+        lines += [report.measures_table(group, tuple(READ_BY)), ""]
     return "\n".join(lines[:-1])
 
 
 def plot(path, cells: list) -> None:
     groups = report.by_setting(cells, "backbone")
     figure = report.new_figure(3, 4.2)
-    names = [f"{name}: {method}" for name in groups for method in METHODS]
-    colours = [evaluate.COLOURS[method] for _ in groups for method in METHODS]
+    names = [f"{name}: {method}" for name in groups for method in READ_BY]
+    colours = [evaluate.COLOURS[method] for _ in groups for method in READ_BY]
     for axis, measure in zip(figure.axes, ("gap closed", "tokens right, gained", "dB gained"), strict=True):
         values = [
-            report.MEASURES[measure](cells, method, "all") for cells in groups.values() for method in METHODS
+            report.MEASURES[measure](cells, method, "all") for cells in groups.values() for method in READ_BY
         ]
         report.bars(axis, names if axis is figure.axes[0] else [""] * len(names), values, colours)
         axis.set_xlabel(measure)

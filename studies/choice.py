@@ -34,7 +34,7 @@ import data
 import evaluate
 import vqgan
 import vsr
-from studies import report
+from studies import report, runner
 from studies.hues import HUES, OneHue, even_palette
 from studies.runner import SeedModels, Setup, at_most, fit, generate_all, models_of, refine_all, replay
 
@@ -43,11 +43,6 @@ SETTINGS = [{}]
 
 SIZES = {"data": {"train_sentences": 10240}, "gpt": {"steps": 700}, "refiner": {"rollouts": 10240}}
 
-READINGS = {
-    "refined_tokens": ("tokens",),
-    "refined_tokens+query": ("tokens", "query"),
-    "parallel": ("query",),
-}
 TARGETS = ("true hue", "nearest valid")
 SHOWN = (  # beside the query and the valid answer nearest to the sample
     "greedy",
@@ -146,11 +141,12 @@ def prepare(setup: Setup, seed: int) -> Choice:
 
     rollouts, target_tokens = replay(setup, models, ("query",))
     targets = {TARGETS[0]: target_tokens, TARGETS[1]: {}}
-    for split, tokens in models.trained.tokens.items():
+    for split, rollout in rollouts.items():
+        tokens = models.trained.tokens[split][: len(rollout.tokens)]
         half, generator = len(tokens) // 2, torch.Generator().manual_seed(seed)
         sampled = generate_all(setup, backbone, tokens[half:], 1.0, generator).tokens
-        y, valid = torch.cat([rollouts[split].tokens[:half], sampled]), valid_answers(split, len(tokens))
-        rollouts[split] = rollouts[split]._replace(tokens=y)
+        y, valid = torch.cat([rollout.tokens[:half], sampled]), valid_answers(split, len(tokens))
+        rollouts[split] = rollout._replace(tokens=y)
         targets[TARGETS[1]][split] = valid[torch.arange(len(y)), nearest_valid(y, valid, codebook)]
 
     total, tests = len(models.test["tokens"]), {}
@@ -165,7 +161,7 @@ def run(setup: Setup, seed: int) -> dict:
     models, sentences, rollouts, targets, tests, valid, objects = prepare(setup, seed)
     tokenizer, codebook = models.trained.tokenizer, models.codebook.cpu()
     written = {name: rollout.tokens for name, rollout in tests.items()}
-    for method, reads in READINGS.items():
+    for method, reads in runner.READ_BY.items():
         for target in TARGETS:
             name, steps = f"{method}, {target}", setup.config["study"].steps
             refiner, _ = fit(setup, models, name, rollouts, targets[target], seed, reads, steps=steps)
@@ -177,11 +173,13 @@ def run(setup: Setup, seed: int) -> dict:
         # The first four samples that are coherent, and the first four that are not
         images = evaluate.decode_images(tokenizer, written["sampled"], setup.autocast)
         coherent = is_coherent(hues_of(images, objects)[0])
-        rows = torch.cat([(coherent == wanted).nonzero().flatten()[:4] for wanted in (True, False)])
+        kinds = [(coherent == wanted).nonzero().flatten()[:4] for wanted in (True, False)]
+        rows = torch.cat(kinds)
         chosen = nearest_valid(written["sampled"][rows], valid["tokens"][rows], codebook)
         shown = [evaluate.decode_images(tokenizer, written[name][rows], setup.autocast) for name in SHOWN]
         query = data.joined(sentences.batches("test", len(coherent)))[0][rows, -2]
         columns = torch.stack([query, *shown, valid["images"][rows, chosen]])  # (columns, rows, 3, S, S)
+        result["coherent_samples"] = len(kinds[0])
         result["samples"] = png_text(columns.permute(2, 1, 3, 0, 4).flatten(3).flatten(1, 2))
     return result
 
@@ -224,11 +222,15 @@ def plot(path, cells: list) -> None:
         axis.set_xlabel(measure)
     report.save(figure, path)
 
-    picture = next(cell["samples"] for cell in cells if "samples" in cell)  # of seed 0
-    pixels = data.to_float(Image.open(io.BytesIO(base64.b64decode(picture))))  # (3, 8 S, columns S)
+    first = next((cell for cell in cells if "samples" in cell), None)  # of seed 0
+    if first is None:
+        return  # another process is at it
+    image = Image.open(io.BytesIO(base64.b64decode(first["samples"])))
+    pixels = data.to_float(image)  # (3, rows S, columns S)
     size = pixels.shape[2] // (len(SHOWN) + 2)
     rows = [list(row.split(size, dim=2)) for row in pixels.split(size, dim=1)]
     names = (name.removeprefix("refined_").removesuffix(", of sampled") for name in SHOWN)
     titles = ["query", *names, "nearest valid"]
-    labels = [name if i == 1 else "" for name in ("coherent", "incoherent") for i in range(4)]
+    coherent = first["coherent_samples"]
+    labels = ["coherent"] * coherent + ["incoherent"] * (len(rows) - coherent)
     data.save_picture(path.with_name(f"{path.stem}_samples.png"), rows, labels, titles)

@@ -34,7 +34,7 @@ def plot(path, cells: list) -> None:
         amount = {name: int(number.replace(",", "")) for name, (number, _) in own.items()}
         rollouts = {name: amount[name] for name, (_, what) in own.items() if what == "rollouts"}
         steps = {name: amount[name] for name, (_, what) in own.items() if what == "steps"}
-        steps[max(rollouts, key=rollouts.get)] = 2 * max(steps.values())  # all rollouts, all steps
+        steps[max(rollouts, key=rollouts.get)] = cells[0]["steps"]  # all rollouts, all steps
         for axis, places in ((by_rollouts, rollouts), (by_steps, steps)):
             values = [report.gaps(cells, name, "all") for name in places]
             report.curve(axis, list(places.values()), values, color=colour, label=f"reads {reading}")

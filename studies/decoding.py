@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 import train_refiner
 import vsr
-from evaluate import by_method, method_name
+from evaluate import by_method
 from studies import report
 from studies.report import GROUPS
-from studies.runner import SeedModels, Setup, generate_all, models_of, score_refiners
+from studies.runner import READ_BY, SeedModels, Setup, generate_all, models_of, score_refiners
 
 MINUTES = 20
 SETTINGS = [{}]
@@ -23,7 +23,6 @@ SETTINGS = [{}]
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
 TOP_P = (0.8, 1.0)
 WIDTHS = (2, 4, 8)
-REFINED = tuple(map(method_name, train_refiner.READINGS))
 
 
 @torch.no_grad()
@@ -92,7 +91,8 @@ def ways(setup: Setup, models: SeedModels, tokens: torch.Tensor, n: int, seed: i
         if chosen and chosen["beam search"] != f"width {width}":
             continue
         parts = tokens[:, :-1].flatten(1).long().split(64)
-        found = [beam_search(backbone, part.to(setup.device), N, width).cpu() for part in parts]
+        with setup.autocast:
+            found = [beam_search(backbone, part.to(setup.device), N, width).cpu() for part in parts]
         written["beam search"][f"width {width}"] = torch.cat(found)
     return written
 
@@ -115,16 +115,16 @@ def run(setup: Setup, seed: int) -> dict:
 
 
 def show(cells: list) -> str:
-    names = [*cells[0]["chosen"], "expected_embedding", *REFINED]
+    names = [*cells[0]["chosen"], "expected_embedding", *READ_BY]
     lines = [report.measures_table(cells, names, GROUPS), "", "chosen on validation, by seed"]
     lines += [f"{way:24}" + "; ".join(cell["chosen"][way] for cell in cells) for way in cells[0]["chosen"]]
     return "\n".join(lines)
 
 
 def plot(path, cells: list) -> None:
-    names = ["ar_greedy", *cells[0]["chosen"], "expected_embedding", *REFINED]
+    names = ["ar_greedy", *cells[0]["chosen"], "expected_embedding", *READ_BY]
     figure = report.new_figure(3, 4.0, 3.4)
-    colours = ["#1d4e9e" if name in REFINED else "#b8b8b8" for name in names]
+    colours = ["#1d4e9e" if name in READ_BY else "#b8b8b8" for name in names]
     for axis, head in zip(figure.axes, ("gap closed", "tokens right, gained", "dB gained"), strict=True):
         values = [report.MEASURES[head](cells, name, "all") for name in names]
         report.bars(axis, names if axis is figure.axes[0] else [""] * len(names), values, colours)

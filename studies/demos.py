@@ -9,16 +9,15 @@ closed at each K; against it, curves that are flat.
 
 import evaluate
 import train_refiner
-from evaluate import by_method, method_name
+from evaluate import by_method
 from studies import report
 from studies.report import GROUPS, estimate, values_of
-from studies.runner import Setup, at_most, models_of, score_refiners
+from studies.runner import READ_BY, Setup, at_most, models_of, score_refiners
 
 MINUTES = 35
 SETTINGS = [{"num_demos": K} for K in (1, 2, 3)]
 
 SIZES = {"gpt": {"steps": 1000}, "refiner": {"rollouts": 8192, "steps": 1000}}
-REFINED = tuple(map(method_name, train_refiner.READINGS))
 
 
 def run(setup: Setup, seed: int, num_demos: int) -> dict:
@@ -37,7 +36,7 @@ def show(cells: list) -> str:
         for method in ("teacher_forced", "ar_greedy"):
             row = [estimate(values_of(group, method, name, "token_accuracy"), 3) for name in GROUPS]
             lines.append(f"{f'{method}, right':24}" + "".join(f"{text:>26}" for text in row))
-        lines += report.measures_table(group, REFINED).splitlines()
+        lines += report.measures_table(group, tuple(READ_BY)).splitlines()
     return "\n".join(lines)
 
 
@@ -45,7 +44,7 @@ def plot(path, cells: list) -> None:
     groups = report.by_setting(cells, "num_demos")
     figure = report.new_figure(len(GROUPS))
     for axis, name in zip(figure.axes, GROUPS, strict=True):
-        for method in ("teacher_forced", "ar_greedy", *REFINED):
+        for method in ("teacher_forced", "ar_greedy", *READ_BY):
             values = [values_of(group, method, name, "token_accuracy") for group in groups.values()]
             report.curve(axis, list(groups), values, color=evaluate.COLOURS[method], label=method)
         axis.set(title=name, xlabel="K, demonstration pairs", xticks=list(groups))

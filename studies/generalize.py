@@ -14,16 +14,15 @@ import data
 import evaluate
 import train_refiner
 from data import TASKS
-from evaluate import by_method, method_name
+from evaluate import by_method
 from studies import report
 from studies.report import GROUPS
-from studies.runner import Setup, fit, models_of, replay, score_refiners
+from studies.runner import READ_BY, Setup, fit, models_of, replay, score_refiners
 
 MINUTES = 12
 SETTINGS = [{}]
 
 SEEN = "without none"
-REFINED = tuple(map(method_name, train_refiner.READINGS))
 
 
 def run(setup: Setup, seed: int) -> dict:
@@ -55,7 +54,7 @@ def show(cells: list) -> str:
             report.measures_table(cells, names, GROUPS),
             "",
             "on a dataset that no model was trained on",
-            report.measures_table(other, ["expected_embedding", *REFINED], GROUPS),
+            report.measures_table(other, ["expected_embedding", *READ_BY], GROUPS),
         ]
     )
 
@@ -71,7 +70,7 @@ def plot(path, cells: list) -> None:
     report.bars(tasks, names, values, ["#1d4e9e", "#66a5e0"] * len(TASKS))
     tasks.set(xlabel="share of greedy decoding's error", title="a task that the refiner has not seen")
     other = [cell["other"] for cell in cells]
-    rows = ("teacher_forced", "expected_embedding", *REFINED)
+    rows = ("teacher_forced", "expected_embedding", *READ_BY)
     errors = [report.relative(other, method, "all") for method in rows]
     report.bars(dataset, rows, errors, [evaluate.COLOURS[method] for method in rows])
     dataset.set(xlabel="share of greedy decoding's error", title="a dataset that no model has seen")

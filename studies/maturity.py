@@ -25,7 +25,7 @@ import runtime
 import train_refiner
 import vsr
 from evaluate import method_name
-from studies import report
+from studies import report, runner
 from studies.decoding import TEMPERATURES, consensus, likeliest, samples_of
 from studies.runner import OURS, Setup, count, fit, force_all, generate_all, models_of, score_refiners
 from studies.stages import flops_per_token
@@ -37,9 +37,8 @@ SETTINGS = [{"steps": steps} for steps in (700, 2800, 11200)]
 
 BATCH = 16  # half of the default: what can be trained to its plateau within hours
 WIDER_UP_TO = 700
-READINGS = {method_name(reading): tuple(reading.split("+")) for reading in train_refiner.READINGS}
 SAMPLED = ("likeliest of n", "consensus of n")
-METHODS = (*READINGS, *TUNED, "wider backbone", *SAMPLED)
+METHODS = (*runner.READ_BY, *TUNED, "wider backbone", *SAMPLED)
 
 
 class Fresh:
@@ -105,7 +104,7 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
         rollouts[split] = Rollout(rollout.tokens, None, rollout.query.bfloat16())
         target_tokens[split] = part[:, -1]
     refiners, seconds["rollouts"] = {}, time.perf_counter() - began
-    for method, reads in READINGS.items():
+    for method, reads in runner.READ_BY.items():
         known = (rollouts, target_tokens, seed, reads)
         refiners[method], fit_log = fit(setup, models, method, *known, steps=study.steps)
         seconds[method] = fit_log["seconds"]
@@ -121,7 +120,7 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
 
     def use(name: str, model: GPT) -> None:
         others[name] = generate_all(setup, model, test).tokens
-        others[name + evaluate.OF_FORCED] = force_all(setup, model, test).tokens
+        others[name + evaluate.OF_FORCED] = force_all(setup, model, test)
 
     for kind in TUNED:
         known = (models, prefixes, budget[kind], BATCH, seed)
@@ -192,7 +191,7 @@ def plot(path, cells: list) -> None:
     rivals = (*TUNED, "wider backbone", SAMPLED[0])
     colours = dict(zip(rivals, ("#8d99ae", "#9b5de5", "#d1495b", "#edae49", "#2a9d4a"), strict=True))
     for axis, measure in zip(figure.axes, ("gap closed", "tokens right, gained", "dB gained"), strict=True):
-        for method in (*READINGS, *rivals):
+        for method in (*runner.READ_BY, *rivals):
             having = {steps: group for steps, group in groups.items() if method in group[0]["scores"]}
             values = [report.MEASURES[measure](group, method, "all") for group in having.values()]
             options = {"linestyle": "--"} if method in rivals else {}

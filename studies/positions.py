@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 import evaluate
 import train_refiner
-from evaluate import by_method, method_name
+from evaluate import by_method
 from studies import report
 from studies.report import GROUPS, estimate
-from studies.runner import Setup, at_most, force_all, generate_all, models_of, score_refiners
+from studies.runner import READ_BY, Setup, at_most, force_all, generate_all, models_of, score_refiners
 from studies.tuning import TUNED, equal_steps, tuned_at_best
 
 MINUTES = 40
@@ -35,8 +35,7 @@ LARGER = {
     "refiner": {"rollouts": 4096, "rollout_batch": 64, "steps": 500, "batch_size": 32},
 }
 LORA = TUNED[1]
-REFINED = tuple(map(method_name, train_refiner.READINGS))
-ROWS = ("ar_greedy", LORA, *REFINED)
+ROWS = ("ar_greedy", LORA, *READ_BY)
 LATE = 160 / 256  # of the sequence: where the paper sees errors grow
 
 
@@ -56,7 +55,7 @@ def run(setup: Setup, seed: int, scale: int) -> dict:
     lora, tried, _ = tuned_at_best(setup, LORA, models, known, budget[LORA], batch_size, seed)
     others = {
         LORA: generate_all(setup, lora, models.test["tokens"]).tokens,
-        LORA + evaluate.OF_FORCED: force_all(setup, lora, models.test["tokens"]).tokens,
+        LORA + evaluate.OF_FORCED: force_all(setup, lora, models.test["tokens"]),
     }
     refiners = by_method(trained.refiners)
     result = score_refiners(setup, models, refiners, seed, others)

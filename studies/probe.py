@@ -16,6 +16,7 @@ import torch
 import evaluate
 import vsr
 from evaluate import method_name
+from runtime import UserError
 from studies import report
 from studies.report import estimate
 from studies.runner import READINGS, Setup, generate_all, models_of, refine_all
@@ -23,9 +24,10 @@ from studies.runner import READINGS, Setup, generate_all, models_of, refine_all
 MINUTES = 2
 SETTINGS = [{}]
 
-REFINED = tuple(map(method_name, READINGS))
+READ_WRITTEN = tuple(map(method_name, READINGS))
 MEASURES = ("cosine error", "wrong tokens")
-COLOURS = {"backbone": evaluate.COLOURS["ar_greedy"], **{name: evaluate.COLOURS[name] for name in REFINED}}
+COLOURS = {"backbone": evaluate.COLOURS["ar_greedy"]}
+COLOURS |= {name: evaluate.COLOURS[name] for name in READ_WRITTEN}
 
 
 def forced_at(t: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +60,8 @@ def run(setup: Setup, seed: int) -> dict:
     tokens = models.test["tokens"][: setup.config["study"].probed]
     prompt, target_tokens = tokens[:, :-1].flatten(1).long(), tokens[:, -1].long()
     N, codebook = target_tokens.shape[1], models.codebook.cpu()
+    if N < 3:
+        raise UserError(f"--vqgan-factor: {N} tokens an image leave no place for a wrong one; give less")
     greedy = generate_all(setup, backbone, tokens)
 
     def goes_on(y: torch.Tensor, t: int, rows: torch.Tensor) -> torch.Tensor:
@@ -78,7 +82,7 @@ def run(setup: Setup, seed: int) -> dict:
         error = torch.stack([vsr.cosine_error(image, target_tokens, codebook) for image in images])
         return torch.stack([error, (torch.stack(images) != target_tokens).float()])
 
-    clean, positions, forced = measured(greedy.tokens), list(range(4, N - 1, 8)), []
+    clean, positions, forced = measured(greedy.tokens), list(range(min(4, N // 2), N - 1, 8)), []
     for t in positions:
         y, wrong = forced_at(t, greedy.tokens)
         y = torch.cat([goes_on(y, t, rows) for rows in torch.arange(len(y)).split(64)])
@@ -127,7 +131,7 @@ def show(cells: list) -> str:
             added = [value_of(cell, "backbone") for cell in cells]
             by_seed = measure == "cosine error"  # of another codebook each
             row = [", ".join(f"{value:.2f}" for value in added) if by_seed else estimate(added)]
-            row += [estimate(taken_back(cells, name, value_of)) for name in REFINED]
+            row += [estimate(taken_back(cells, name, value_of)) for name in READ_WRITTEN]
             lines.append(f"{kind:26}" + "".join(f"{text:>26}" for text in row))
     with_one = estimate([cell["with_a_mistake"] for cell in cells])
     return "\n".join([*lines, f"sentences with a mistake: {with_one}"])

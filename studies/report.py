@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import evaluate
 import runtime
 from data import TASKS
+from evaluate import new_figure as new_figure
 
 GROUPS = ("all", *TASKS)  # all test sentences, and those of each task
 
@@ -153,14 +154,6 @@ def settings_table(cells: list) -> str:
 # Figures
 
 
-def new_figure(panels: int, width: float = 3.4, height: float = 3.4, rows: int = 1) -> Figure:
-    """A figure with panels side by side, in one row or more: `figure.axes`."""
-    figure = Figure(figsize=(width * panels, rows * height), layout="constrained", dpi=120)
-    for axis in figure.subplots(rows, panels, squeeze=False).flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
 def save(figure: Figure, path) -> None:
     runtime.write_whole(path, figure.savefig)
 
@@ -197,26 +190,6 @@ def legend_outside(figure: Figure, where: str, **options) -> None:
     """One legend for all panels, that of the first."""
     lines = figure.axes[0].get_legend_handles_labels()
     figure.legend(*lines, loc=f"outside {where}", frameon=False, **options)
-
-
-def plot_stacked(path, cells: list, methods) -> None:
-    """What remains of greedy decoding's error: made after true tokens too, or only after own mistakes."""
-    rows = {"ar_greedy": "teacher_forced", **{method: method + evaluate.OF_FORCED for method in methods}}
-    figure = new_figure(len(GROUPS), 3.6, 0.8 + 0.35 * len(rows))
-    for axis, group in zip(figure.axes, GROUPS, strict=True):
-        place = list(range(len(rows)))[::-1]
-        base = [statistics.fmean(relative(cells, row, group)) for row in rows.values()]
-        total = [statistics.fmean(relative(cells, row, group)) for row in rows]
-        accumulated = [a - b for a, b in zip(total, base, strict=True)]
-        axis.barh(place, base, color="#8d99ae", height=0.7, label="after true tokens too")
-        axis.barh(place, accumulated, left=base, color="#d1495b", height=0.7, label="accumulated")
-        for y, row in zip(place, rows, strict=True):
-            seeds = relative(cells, row, group)
-            axis.plot(seeds, [y] * len(seeds), ".", color="#222222", markersize=3)
-        axis.set_yticks(place, rows if axis is figure.axes[0] else [""] * len(rows), fontsize=8)
-        axis.set(title=group, xlabel="share of greedy decoding's error", xlim=(0, None))
-    legend_outside(figure, "upper left", ncols=2)
-    save(figure, path)
 
 
 def share(part: float, whole: float) -> float:

@@ -21,27 +21,28 @@ never seen; so each reading is also trained on half of both.
 """
 
 import math
+import statistics
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import evaluate
 import train_refiner
 import vsr
 from data import TASKS
 from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS
-from studies.runner import OURS, READINGS, Setup, fit, force_all, models_of, replay, score_refiners
+from studies.runner import OURS, READ_BY, READINGS, Setup, fit, force_all, models_of, replay, score_refiners
 
 MINUTES = 35
 SETTINGS = [{}]
 
 INPUTS = ("random corruption", "random confusion", "teacher-forced output", "half of both")
-REFINED = tuple(map(method_name, train_refiner.READINGS))
-WITH_CROSS_ENTROPY = tuple(f"{method}, cross-entropy" for method in REFINED)
+WITH_CROSS_ENTROPY = {f"{method}, cross-entropy": reads for method, reads in READ_BY.items()}
 METHODS = (
-    *REFINED,
+    *READ_BY,
     *WITH_CROSS_ENTROPY,
     *(f"{method_name(reading)}, {name}" for reading in READINGS for name in INPUTS),
 )
@@ -78,22 +79,23 @@ def run(setup: Setup, seed: int) -> dict:
     models = models_of(setup, seed, train_refiner.READINGS)
     rollouts, target_tokens = replay(setup, models)
     backbone, generator = models.trained.backbone, torch.Generator().manual_seed(seed)
-    written, true, V = rollouts["train"].tokens, target_tokens["train"], len(models.codebook)
-    rate = (written != true).float().mean().item()
-    counts = torch.bincount((true.long() * V + written.long()).flatten(), minlength=V * V).view(V, V)
+    y, y_true, V = rollouts["train"].tokens, target_tokens["train"], len(models.codebook)
+    rate = (y != y_true).float().mean().item()
+    counts = torch.bincount((y_true.long() * V + y.long()).flatten(), minlength=V * V).view(V, V)
     counts = counts + torch.eye(V)  # a code that is in no rollout stays what it is
     inputs = {name: {} for name in INPUTS}
-    for split, tokens in models.trained.tokens.items():
-        written, forced = rollouts[split].tokens, force_all(setup, backbone, tokens).tokens
-        half = torch.rand(len(tokens), 1, generator=generator) < 0.5
+    for split, rollout in rollouts.items():
+        y = rollout.tokens
+        forced = force_all(setup, backbone, models.trained.tokens[split][: len(y)])
+        half = torch.rand(len(y), 1, generator=generator) < 0.5
         changed = {
             "random corruption": corrupt(target_tokens[split], rate, V, generator),
             "random confusion": confuse(target_tokens[split], counts, generator),
             "teacher-forced output": forced,
-            "half of both": torch.where(half, forced, written.long()),
+            "half of both": torch.where(half, forced, y.long()),
         }
         for name in INPUTS:
-            inputs[name][split] = rollouts[split]._replace(tokens=changed[name])
+            inputs[name][split] = rollout._replace(tokens=changed[name])
 
     codebook = F.normalize(models.codebook, dim=-1)
 
@@ -102,10 +104,9 @@ def run(setup: Setup, seed: int) -> dict:
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
     refiners = by_method(models.trained.refiners)
-    for method, reading in zip(WITH_CROSS_ENTROPY, train_refiner.READINGS, strict=True):
+    for method, reads in WITH_CROSS_ENTROPY.items():
         options = {"loss_function": cross_entropy, "make": Scaled}
-        known = (method, rollouts, target_tokens, seed, reading.split("+"))
-        refiners[method], _ = fit(setup, models, *known, **options)
+        refiners[method], _ = fit(setup, models, method, rollouts, target_tokens, seed, reads, **options)
     for reading in READINGS:
         for name, given in inputs.items():
             method = f"{method_name(reading)}, {name}"
@@ -139,7 +140,7 @@ def show(cells: list) -> str:
         row = [report.estimate([share_of(cell, right) for cell in cells], 3) for right in (True, False)]
         lines.append(f"{label:46}" + "".join(f"{text:>26}" for text in row))
 
-    for method in (*REFINED, *WITH_CROSS_ENTROPY):
+    for method in (*READ_BY, *WITH_CROSS_ENTROPY):
         add(f"{method}: right", lambda cell, right, method=method: right_of(cell, method, right))
     for i, method in enumerate((method_name(OURS), "parallel")):
         others = ("parallel", method_name(OURS))[i]
@@ -148,4 +149,20 @@ def show(cells: list) -> str:
 
 
 def plot(path, cells: list) -> None:
-    report.plot_stacked(path, cells, METHODS)
+    """What remains of greedy decoding's error: made after true tokens too, or only after own mistakes."""
+    rows = {"ar_greedy": "teacher_forced", **{method: method + evaluate.OF_FORCED for method in METHODS}}
+    figure = report.new_figure(len(GROUPS), 3.6, 0.8 + 0.35 * len(rows))
+    for axis, group in zip(figure.axes, GROUPS, strict=True):
+        place = list(range(len(rows)))[::-1]
+        base = [statistics.fmean(report.relative(cells, row, group)) for row in rows.values()]
+        total = [statistics.fmean(report.relative(cells, row, group)) for row in rows]
+        accumulated = [a - b for a, b in zip(total, base, strict=True)]
+        axis.barh(place, base, color="#8d99ae", height=0.7, label="after true tokens too")
+        axis.barh(place, accumulated, left=base, color="#d1495b", height=0.7, label="accumulated")
+        for y, row in zip(place, rows, strict=True):
+            seeds = report.relative(cells, row, group)
+            axis.plot(seeds, [y] * len(seeds), ".", color="#222222", markersize=3)
+        axis.set_yticks(place, rows if axis is figure.axes[0] else [""] * len(rows), fontsize=8)
+        axis.set(title=group, xlabel="share of greedy decoding's error", xlim=(0, None))
+    report.legend_outside(figure, "upper left", ncols=2)
+    report.save(figure, path)

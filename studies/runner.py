@@ -21,8 +21,10 @@ from runtime import UserError
 from vsr import Refiner, Rollout
 
 OURS = "tokens+query"  # what the project's own refiner reads
-READS = ("tokens", "query")
+READS = tuple(OURS.split("+"))
 READINGS = ("tokens", OURS)  # the paper's and ours: those that read what was written
+# {row of a table: what its refiner reads}
+READ_BY = {evaluate.method_name(name): tuple(name.split("+")) for name in train_refiner.READINGS}
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Setup:
 
         This is what `runtime.training_steps` calls `progress`.
         """
-        return self.unfinished / f"{name}.progress", made_with
+        everywhere = {"dtype": str(self.dtype), "data": asdict(self.config["data"])}
+        return self.unfinished / f"{name}.progress", {**everywhere, **made_with}
 
 
 class SeedModels(NamedTuple):
@@ -136,10 +139,10 @@ def replay(setup: Setup, models: SeedModels, reads=READS, first: int | None = No
     first: how many of each split, if not all.
     """
     trained, rollouts, target_tokens = models.trained, {}, {}
-    for split, tokens in trained.tokens.items():
-        known = tokens[:first], trained.generated[split][:first]
+    for split, generated in trained.generated.items():
+        known = trained.tokens[split][: len(generated)][:first], generated[:first]
         rollouts[split] = train_refiner.replay_rollouts(trained.backbone, *known, reads, setup.autocast)
-        target_tokens[split] = tokens[:first, -1]
+        target_tokens[split] = known[0][:, -1]
     return rollouts, target_tokens
 
 
@@ -163,16 +166,15 @@ def generate_all(setup: Setup, backbone, tokens, temperature=0.0, generator=None
 
 
 @torch.no_grad()
-def force_all(setup: Setup, backbone, tokens) -> Rollout:
-    """The teacher-forced output for the last images of sentences (S, 2K+2, N), with states, on the CPU."""
-    parts = []
+def force_all(setup: Setup, backbone, tokens) -> torch.Tensor:
+    """The teacher-forced output (S, N) for the last images of sentences (S, 2K+2, N), on the CPU."""
+    written = []
     for part in tokens.split(64):
         part = part.long().to(setup.device)
         with setup.autocast:
-            forced = backbone.replay(part[:, :-1].flatten(1), part[:, -1])
-            written = backbone.logits(forced.states).argmax(-1)
-        parts.append((written.cpu(), forced.states.bfloat16().cpu(), forced.query.bfloat16().cpu()))
-    return Rollout(*map(torch.cat, zip(*parts, strict=True)))
+            states = backbone.replay(part[:, :-1].flatten(1), part[:, -1]).states
+            written.append(backbone.logits(states).argmax(-1).cpu())
+    return torch.cat(written)
 
 
 # Refiners
@@ -213,13 +215,13 @@ def refine_all(setup: Setup, models: SeedModels, refiner: Refiner, rollout: Roll
     return torch.cat(refined)
 
 
-def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
+def fit_each(setup: Setup, seed: int, settings: dict) -> dict:
     """Train one refiner for each of {name: options of `fit`} on a seed's rollouts, and score them all."""
     models = models_of(setup, seed)
-    rollouts, target_tokens = replay(setup, models, needs)
-    refiners, cost = {}, {}
+    rollouts, target_tokens = replay(setup, models)
+    refiners, cost, steps = {}, {}, setup.config["study"].steps
     for name, options in settings.items():
-        options = {"steps": setup.config["study"].steps, **options}
+        options = {"steps": steps, **options}
         refiners[name], log = fit(setup, models, name, rollouts, target_tokens, seed, **options)
         cost[name] = {
             "params": count(refiners[name]),
@@ -228,7 +230,8 @@ def fit_each(setup: Setup, seed: int, settings: dict, needs=READS) -> dict:
             "val_loss": log["val_loss"][-1],
         }
     params = count(models.trained.backbone)
-    return {**score_refiners(setup, models, refiners, seed), "cost": cost, "backbone_params": params}
+    result = score_refiners(setup, models, refiners, seed)
+    return {**result, "cost": cost, "steps": steps, "backbone_params": params}
 
 
 # Scores

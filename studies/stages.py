@@ -20,7 +20,7 @@ import train_refiner
 import vqgan
 import vsr
 from studies.gpt2 import GPT2
-from studies.runner import READS, Setup
+from studies.runner import OURS, READS, Setup
 from studies.textbook import TextbookGPT
 from studies.timing import median_seconds, side_by_side
 from vsr import Refiner, Rollout
@@ -172,7 +172,7 @@ def loops(setup: Setup, seed: int, models: Models, images, tokens: torch.Tensor,
     """
     config, device, steps = setup.config, setup.device, min(40, setup.config["study"].steps)
     sentences = data.Sentences(config["data"], seed)
-    codebook, refiner = models.tokenizer.codebook.vectors.detach(), models.refiners["+".join(READS)]
+    codebook, refiner = models.tokenizer.codebook.vectors.detach(), models.refiners[OURS]
     train = tokens.view(len(tokens), -1, models.N).cpu().short()  # (S, 2K+2, N)
     query = torch.randn(len(train), models.N, config["gpt"].width).bfloat16()
     rollout, target_tokens = Rollout(train[:, -1], None, query), train[:, -2]
@@ -237,7 +237,7 @@ def growth(setup: Setup, image_size: int, num_demos: int, rounds: int, batch: in
 
     def refine():
         with setup.autocast:
-            vsr.refine(models.refiners["+".join(READS)], codebook, *rollout)
+            vsr.refine(models.refiners[OURS], codebook, *rollout)
 
     train = backbone_step(setup, models.backbone, sentences, setup.dtype)
     timed = {"train": train, "generate": generate, "refine": refine}

@@ -19,6 +19,7 @@ from matplotlib.colors import to_hex
 
 import data
 import evaluate
+import runtime
 import train_refiner
 import vqgan
 import vsr
@@ -195,6 +196,22 @@ def test_models_of_a_seed_are_measured_on_test_sentences(setup, monkeypatch, tes
     assert torch.equal(models.test["tokens"][:, -1].long(), tokens)
 
 
+def test_a_kept_training_is_of_one_kind_of_data_and_one_precision(setup):
+    _, kept = setup.progress("backbone", {"gpt": 1})
+    larger = {**setup.config, "data": replace(setup.config["data"], image_size=32)}
+    for other in (replace(setup, config=larger), replace(setup, dtype=torch.bfloat16)):
+        _, made_with = other.progress("backbone", {"gpt": 1})
+        with pytest.raises(runtime.UserError, match="was made with"):
+            runtime.check_config("backbone.progress", kept, made_with, "")
+
+
+def test_sentences_beyond_those_that_were_written_for_are_left_out(setup):
+    models = models_with(Backbone())
+    models.trained.tokens["train"] = torch.cat([numbered("train")] * 2)
+    rollouts, targets = runner.replay(setup, models, ("query",))
+    assert len(rollouts["train"].tokens) == len(targets["train"]) == len(SENTENCES["train"])
+
+
 def test_only_the_first_rollouts_of_each_split_are_replayed(setup):
     models = models_with(Backbone())
     rollouts, targets = runner.replay(setup, models, ("query",), first=20)
@@ -266,11 +283,11 @@ def test_outputs_of_all_sentences_come_in_their_order(setup):
     greedy, forced = backbone.generate(prompt, N), backbone.replay(prompt, truth)
     forced = forced._replace(tokens=backbone.logits(forced.states).argmax(-1))
     assert not torch.equal(greedy.tokens, forced.tokens)
-    for expected, made in ((greedy, runner.generate_all), (forced, runner.force_all)):
-        found = made(setup, backbone, tokens)
-        assert (found.tokens == expected.tokens).float().mean() > 0.99
-        assert torch.allclose(found.states.float(), expected.states, rtol=0.02, atol=0.02)
-        assert torch.allclose(found.query.float(), expected.query, rtol=0.02, atol=0.02)
+    found = runner.generate_all(setup, backbone, tokens)
+    assert (found.tokens == greedy.tokens).float().mean() > 0.99
+    assert torch.allclose(found.states, greedy.states, rtol=0.02, atol=0.02)
+    assert torch.allclose(found.query, greedy.query, rtol=0.02, atol=0.02)
+    assert (runner.force_all(setup, backbone, tokens) == forced.tokens).float().mean() > 0.99
 
 
 def test_refined_tokens_of_all_rollouts_come_in_their_order(setup):
@@ -409,7 +426,7 @@ def test_a_refiner_is_trained_on_the_inputs_it_is_called_by(setup, fitted, score
     for split, y in models.trained.generated.items():
         y[:, 1:] = numbered(split)[:, -1, 1:]
     calls = give(monkeypatch, models, rollout)
-    monkeypatch.setattr(rollout, "force_all", lambda s, b, tokens: Rollout(tokens[:, 0] + FORCED))
+    monkeypatch.setattr(rollout, "force_all", lambda s, b, tokens: tokens[:, 0] + FORCED)
     result = rollout.run(setup, 5)
     assert (calls[0].seed, calls[0].readings) == (5, train_refiner.READINGS)
     assert result["greedy_error_rate"] == pytest.approx(0.25)
@@ -519,12 +536,12 @@ def test_targets_are_the_true_answer_or_the_one_nearest_to_what_was_written(setu
     monkeypatch.setattr(choice, "score", lambda s, m, given, valid, objects: written.update(given))
     choice.run(setup, 5)
     assert calls[0].changes == runner.at_most(choice.SIZES, setup.config)
-    pairs = [(method, target) for method in choice.READINGS for target in choice.TARGETS]
+    pairs = [(method, target) for method in runner.READ_BY for target in choice.TARGETS]
     names = {f"{method}, {target}": (method, target) for method, target in pairs}
     assert fitted.keys() == names.keys()
     for name, (method, target) in names.items():
         given = fitted[name]
-        assert given.reads == choice.READINGS[method]
+        assert given.reads == runner.READ_BY[method]
         for split, rows in SENTENCES.items():
             if split != "test":
                 number = torch.tensor(rows)[:, None].expand(-1, N)
@@ -718,7 +735,7 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
     monkeypatch.setattr(maturity, "generate_all", generate)
     monkeypatch.setattr(maturity, "samples_of", sample)
     monkeypatch.setattr(maturity, "equal_steps", lambda *_: budgets)
-    monkeypatch.setattr(maturity, "force_all", lambda *a: Rollout(1000 + generate(*a).tokens))
+    monkeypatch.setattr(maturity, "force_all", lambda *a: 1000 + generate(*a).tokens)
     monkeypatch.setattr(maturity, "wider_config", lambda *given: given)
     monkeypatch.setattr(maturity, "likeliest", lambda samples, likelihoods: samples)
     monkeypatch.setattr(maturity, "consensus", lambda samples, codebook: samples + 100 * (samples < 100))
@@ -726,9 +743,9 @@ def test_rivals_of_a_mature_backbone_are_chosen_on_validation_and_used_on_test_s
     configs = dict(pretrainings)
     config = replace(setup.config["gpt"], steps=steps, batch_size=maturity.BATCH)
     assert configs.pop("pretraining") == config
-    assert set(fitted) == set(maturity.READINGS)
+    assert set(fitted) == set(runner.READ_BY)
     for name, given in fitted.items():
-        assert given.reads == maturity.READINGS[name]
+        assert given.reads == runner.READ_BY[name]
         assert given.config.steps == 80
         check_pairs(given)
     (call,) = scored
@@ -790,14 +807,14 @@ def test_positions_are_of_the_models_of_their_scale(setup, scored, monkeypatch, 
 
     monkeypatch.setattr(positions, "tuned_at_best", tune)
     monkeypatch.setattr(positions, "generate_all", generate)
-    monkeypatch.setattr(positions, "force_all", lambda *a: Rollout(1 + generate(*a).tokens))
+    monkeypatch.setattr(positions, "force_all", lambda *a: 1 + generate(*a).tokens)
     monkeypatch.setattr(positions, "equal_steps", equal)
     result = positions.run(setup, 5, scale=scale)
     (call,), (of,) = scored, calls
     assert (of.seed, of.readings) == (5, train_refiner.READINGS)
     others = {name: y.unique().item() for name, y in call.others.items()}
     assert others == {positions.LORA: 70, positions.LORA + OF_FORCED: 71}
-    assert call.refiners == dict(zip(positions.REFINED, models.trained.refiners.values(), strict=True))
+    assert call.refiners == dict(zip(tuple(runner.READ_BY), models.trained.refiners.values(), strict=True))
     assert result["tried"] == {0.3: 0.1}
     if scale == 1:
         assert (of.label, of.changes, tuned) == ("base", None, [(10, 12)])
@@ -825,7 +842,7 @@ def test_demonstrations_are_as_many_as_the_cell_says(setup, scored, monkeypatch)
     ]
     assert len({call.label for call in calls}) == 3
     assert all(call.readings == train_refiner.READINGS for call in calls)
-    refiners = dict(zip(demos.REFINED, models.trained.refiners.values(), strict=True))
+    refiners = dict(zip(tuple(runner.READ_BY), models.trained.refiners.values(), strict=True))
     assert all(call.refiners == refiners for call in scored)
 
 
@@ -853,6 +870,14 @@ def probed(setup, monkeypatch, tokens, repaired):
     refine = lambda setup, models, refiner, rollout: repaired(refiner.name, rollout.tokens)  # noqa: E731
     monkeypatch.setattr(probe, "refine_all", refine)
     return probe.run(setup, 5), backbone.started
+
+
+def test_a_token_is_forced_into_the_shortest_of_images_too(setup, monkeypatch):
+    same = lambda reading, tokens: tokens  # noqa: E731
+    result, _ = probed(setup, monkeypatch, torch.arange(8)[:, None, None].repeat(1, IMAGES, 4), same)
+    assert result["positions"] == [2]
+    with pytest.raises(runtime.UserError, match="--vqgan-factor: 2 tokens an image"):
+        probed(setup, monkeypatch, torch.arange(8)[:, None, None].repeat(1, IMAGES, 2), same)
 
 
 def test_damage_is_behind_the_forced_token_and_before_and_after_refining(setup, monkeypatch):
@@ -1191,7 +1216,7 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
             measure = "token_accuracy"
             row = [x for group in GROUPS for x in interval_of(cells, error_of, method, group, measure)]
             assert row_of(text, f"{method}, right", number) == pytest.approx(row, abs=6e-4)
-        for method in demos.REFINED:
+        for method in runner.READ_BY:
             row = measures_of(cells, method, "all")
             assert row_of(text, method, number) == pytest.approx(row, abs=0.006)
     assert [line[:5] for line in text.splitlines() if line.startswith("K = ")] == ["K = 1", "K = 2", "K = 3"]
@@ -1200,7 +1225,7 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
     text = backbones.show(mixed(groups))
     for number, (name, cells) in enumerate(groups.items()):
         assert f"{name}, {number + 1}.00 M parameters: {report.backbone_line(cells)}\n" in text
-        for method in backbones.METHODS:
+        for method in runner.READ_BY:
             row = measures_of(cells, method, "all")
             assert row_of(text, method, number) == pytest.approx(row, abs=0.006)
 
@@ -1240,7 +1265,7 @@ def test_other_tables_name_whose_each_number_is():
         for number, group in enumerate(GROUPS):
             row = measures_of(cells, name, group)
             assert row_of(text, name, number) == pytest.approx(row, abs=0.006)
-    for name in ("expected_embedding", *generalize.REFINED):
+    for name in ("expected_embedding", *runner.READ_BY):
         assert row_of(text, name) == pytest.approx(measures_of(other, name, "all"), abs=0.006)
 
     cells = make_cost(make_cells())
@@ -1257,7 +1282,7 @@ def test_what_is_right_is_counted_among_what_greedy_decoding_gets_right_or_wrong
     counts = {"colorize": [[[1, 2], [4, 3]], [[5, 6], [9, 10]]]}
     counts |= {"inpaint": [[[0, 1], [1, 0]], [[0, 0], [0, 0]]], "edges": [[[8, 0], [0, 0]], [[0, 4], [6, 0]]]}
     even = {t: [[[1, 1], [1, 1]]] * 2 for t in TASKS}
-    methods = (*rollout.REFINED, *rollout.WITH_CROSS_ENTROPY)
+    methods = (*runner.READ_BY, *rollout.WITH_CROSS_ENTROPY)
     cells = make_cells(agreement={**dict.fromkeys(methods, even), ours: counts})
     for cell in cells[1:]:
         cell["agreement"] = dict.fromkeys(methods, even)
@@ -1396,7 +1421,7 @@ def test_bars_are_of_what_is_written_beside_them(figures):
         expected = {
             f"{name}: {method}": mean(part, measure, method, "all", *more)
             for name, part in groups.items()
-            for method in backbones.METHODS
+            for method in runner.READ_BY
         }
         found = bars_of(axis)
         assert list(found.values()) == pytest.approx(list(expected.values()))
@@ -1414,7 +1439,7 @@ def test_bars_are_of_what_is_written_beside_them(figures):
         expected[f"{task}: without it"] = mean(cells, relative_of, f"without {task}", task)
     assert bars_of(tasks) == pytest.approx(expected)
     other = [cell["other"] for cell in cells]
-    rows = ("teacher_forced", "expected_embedding", *generalize.REFINED)
+    rows = ("teacher_forced", "expected_embedding", *runner.READ_BY)
     expected = {method: mean(other, relative_of, method, "all") for method in rows}
     assert bars_of(dataset) == pytest.approx(expected)
 
@@ -1424,9 +1449,24 @@ def test_bars_are_of_what_is_written_beside_them(figures):
     assert found == {"psnr": {"without": 10, "with": 20}, "seconds": {"without": 1, "with": 2}}
 
 
-def test_stacked_bars_are_the_base_and_what_is_left_of_exposure(figures):
+def test_samples_have_the_labels_of_their_rows(figures, monkeypatch, tmp_path):
+    """Two that were coherent and one that was not; a seed without samples has no picture of them."""
+    drawn, size = [], 4
+    monkeypatch.setattr(data, "save_picture", lambda path, rows, labels, titles: drawn.append((rows, labels)))
+    cells = [{"scores": {name: dict.fromkeys(choice.MEASURES, 0.5) for name in ("sampled", "truth")}}]
+    choice.plot(tmp_path / "choice.png", cells)
+    assert not drawn
+    picture = choice.png_text(torch.rand(3, 3 * size, size * (len(choice.SHOWN) + 2)))
+    choice.plot(tmp_path / "choice.png", [{**cells[0], "samples": picture, "coherent_samples": 2}])
+    ((rows, labels),) = drawn
+    assert labels == ["coherent", "coherent", "incoherent"]
+    assert [len(row) for row in rows] == 3 * [len(choice.SHOWN) + 2]
+
+
+def test_stacked_bars_are_the_base_and_what_is_left_of_exposure(figures, monkeypatch):
     cells = make_cells()
-    report.plot_stacked("path", cells, SOME[:2])
+    monkeypatch.setattr(rollout, "METHODS", SOME[:2])
+    rollout.plot("path", cells)
     rows = {"ar_greedy": "teacher_forced", **{method: method + OF_FORCED for method in SOME[:2]}}
     for axis, group in zip(figures[0].axes, GROUPS, strict=True):
 
@@ -1453,7 +1493,7 @@ def test_curves_are_of_the_method_in_the_legend(figures):
             assert y == pytest.approx(
                 [mean(cells, error_of, method, group, "token_accuracy") for cells in groups.values()]
             )
-        assert curves_of(axis).keys() == {"teacher_forced", "ar_greedy", *demos.REFINED}
+        assert curves_of(axis).keys() == {"teacher_forced", "ar_greedy", *runner.READ_BY}
 
     groups = settings_cells("steps", (700, 2800))
     for cell in groups[2800]:
@@ -1462,7 +1502,7 @@ def test_curves_are_of_the_method_in_the_legend(figures):
     measures = ((gap_of,), (gain_of, "token_accuracy"), (gain_of,))
     for axis, (measure, *more) in zip(figures[-1].axes, measures, strict=True):
         curves = curves_of(axis)
-        assert curves.keys() == {*maturity.READINGS, *maturity.TUNED, "wider backbone", "likeliest of n"}
+        assert curves.keys() == {*runner.READ_BY, *maturity.TUNED, "wider backbone", "likeliest of n"}
         assert curves.pop("wider backbone")[0] == [700]
         for method, (x, y) in curves.items():
             assert x == [700, 2800]
@@ -1478,12 +1518,12 @@ def test_curves_are_of_the_method_in_the_legend(figures):
     cells = make_cells()
     for cell in cells:
         cell["scores"] |= {name: cell["scores"][method] for name, method in settings.items()}
-        cell["cost"] = {name: {"params": 100} for name in settings}
+        cell |= {"cost": {name: {"params": 100} for name in settings}, "steps": 41}
     data_study.plot("path", cells)
     names, axes = list(settings), figures[-1].axes
     for number, reading in enumerate(runner.READINGS):
         few, many, short, long = names[4 * number : 4 * number + 4]
-        places = {few: 256, many: 1300}, {short: 10, long: 20, many: 40}
+        places = {few: 256, many: 1300}, {short: 10, long: 20, many: 41}
         for axis, expected in zip(axes, places, strict=True):
             x, y = curves_of(axis)[f"reads {reading}"]
             assert dict(zip(x, y, strict=True)) == pytest.approx(

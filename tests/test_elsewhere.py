@@ -116,6 +116,13 @@ def test_shapes_that_do_not_fit_are_named(truth, grid, codebook, line):
         train_refiner.refiner_for(toy_write, ZEROS, truth, codebook, grid, ("tokens",), CONFIG)
 
 
+def test_one_sentence_is_not_enough_to_hold_one_out():
+    with pytest.raises(ValueError, match="give two or more"):
+        train_refiner.refiner_for(
+            toy_write, ZEROS[:1], ZEROS[:1, :N], torch.randn(V, 8), GRID, ("tokens",), CONFIG
+        )
+
+
 @pytest.mark.parametrize("source", ["states", "query"])
 def test_states_that_are_not_there_are_named(source):
     arguments = toy_write, ZEROS, ZEROS[:, :N], torch.randn(V, 8), GRID

@@ -170,6 +170,6 @@ def refused_command(out: Path) -> dict:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     refused = refused_command(folder / "run")
-    runtime.start_processes(CPU, {})
+    runtime.start_processes("cpu", {})
     torch.save({**train_all(), **refused}, folder / f"{os.environ['RANK']}.pt")
     runtime.end_processes()

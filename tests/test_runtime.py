@@ -168,13 +168,14 @@ def test_auto_goes_on_in_the_precision_of_a_run_that_was_begun(tmp_path, capsys)
     device = torch.device("cpu")
     here = runtime.pick_dtype("auto", device)
     other = torch.bfloat16 if here == torch.float32 else torch.float32
-    assert runtime.pick_dtype("auto", device, tmp_path) == here
+    first_stage = [tmp_path / "tokenizer.pt", tmp_path / "tokenizer.progress"]
+    assert runtime.pick_dtype("auto", device, first_stage) == here
     assert not capsys.readouterr().out
     for dtype in (other, here):
         runtime.save(tmp_path / "tokenizer.progress", {"config": {"run": {"dtype": str(dtype)[6:]}}})
-        assert runtime.pick_dtype("auto", device, tmp_path) == dtype
+        assert runtime.pick_dtype("auto", device, first_stage) == dtype
         assert (f"--dtype {str(dtype)[6:]}" in capsys.readouterr().out) == (dtype == other)
-        assert runtime.pick_dtype("float32", device, tmp_path) == torch.float32
+        assert runtime.pick_dtype("float32", device, first_stage) == torch.float32
 
 
 def test_compilation_that_does_not_work_is_one_line(monkeypatch):

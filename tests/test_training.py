@@ -343,9 +343,9 @@ def test_the_tokenizer_learns_from_fresh_images_and_revives_codes_for_four_fifth
         counted.append(tokens)
         count_use(codebook, tokens)
 
-    def note_revival(codebook, z, longer_than, generator):
-        number = revive(codebook, z, longer_than, generator)
-        revived.append((len(counted), number, longer_than, z))
+    def note_revival(codebook, z, for_steps, generator):
+        number = revive(codebook, z, for_steps, generator)
+        revived.append((len(counted), number, for_steps, z))
         return number
 
     monkeypatch.setattr(vqgan.Codebook, "count_use", note_use)
@@ -354,7 +354,7 @@ def test_the_tokenizer_learns_from_fresh_images_and_revives_codes_for_four_fifth
     assert [(split, index) for split, index, _ in given] == [("train", step) for step in range(40)]
     assert [tuple(tokens.shape) for tokens in counted] == 40 * [(8, 16)]
     assert [steps for steps, *_ in revived] == [5, 10, 15, 20, 25, 30]
-    assert {longer_than for _, _, longer_than, _ in revived} == {5}
+    assert {for_steps for _, _, for_steps, _ in revived} == {5}
     assert all(number > 0 for _, number, *_ in revived[:2]), "few of 32 codes are used at the start"
     assert all(z.shape == (128, 8) and not z.requires_grad for *_, z in revived)
     assert (model.codebook.unused[counted[-1].unique()] == 0).all()
@@ -532,7 +532,7 @@ def test_the_frozen_backbone_writes_for_the_sentences_of_both_splits(stages):
     assert same_weights(given.backbone.state_dict(), stages.made["train_backbone"])
     assert given.batch == stages.config["refiner"].rollout_batch
     for split, rows in (("train", slice(24)), ("val", slice(None))):
-        assert torch.equal(stages.trained.tokens[split].long(), tokens[split][rows])
+        assert torch.equal(stages.trained.tokens[split].long(), tokens[split])
         assert torch.equal(stages.trained.generated[split].long(), tokens[split][rows, 0])
 
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_refiner
+from data import DataConfig
 from studies import tuning
 from studies.runner import Setup, StudyConfig, count
 from studies.stages import flops_per_token
@@ -83,6 +84,7 @@ def test_lora_works_on_a_backbone_of_another_floating_type(gpt, tokens, dtype, w
 @pytest.fixture
 def setup(tmp_path):
     config = {
+        "data": DataConfig(),
         "gpt": GPTConfig(learning_rate=PEAK),
         "refiner": RefinerConfig(rollout_batch=7),
         "study": StudyConfig(lora_rank=3),

@@ -392,7 +392,7 @@ def test_errors_and_losses_of_two_shapes_are_refused(codebook):
             vsr.cosine_loss(codebook[tokens], codebook[wrong])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16])
 def test_tokens_of_any_integer_type_are_the_same_tokens(codebook, dtype):
     tokens, refiner = torch.randint(V, (3, N)), make_refiner(("tokens",))
     small = tokens.to(dtype)
