@@ -5,19 +5,17 @@ Stated before it was run: for the claim speaks that each gap is closed and that 
 what was written; against it, a backbone where they do not, or where `parallel` does as well in both.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import evaluate
-import runtime
-import train_refiner
 import vsr
 from runtime import UserError
 from studies import report
-from studies.runner import READ_BY, Setup, count, fit, models_of, replay, score_refiners
+from studies.runner import READ_BY, Setup, count, fit_readings, models_of, with_backbone
 from vsr import GPTConfig, Rollout
 
 MINUTES = 25
@@ -127,28 +125,9 @@ def run(setup: Setup, seed: int, backbone: str) -> dict:
     if (width := setup.config["gpt"].head_width) % 2:
         raise UserError(f"--gpt-head-width {width}: rotary positions turn pairs of numbers; give an even one")
     models = models_of(setup, seed)
-    trained, rollouts = models.trained, setup.config["study"].rollouts
-    tokens = {"train": trained.tokens["train"][:rollouts], "val": trained.tokens["val"]}
-    if backbone == "gpt":
-        model = trained.backbone
-        generated = {split: trained.generated[split][: len(tokens[split])] for split in tokens}
-    else:
-        config = replace(setup.config["gpt"], **changes)
-        train, val, codes = trained.tokens["train"], trained.tokens["val"], len(models.codebook)
-        codebook = runtime.fingerprint({"codebook": models.codebook})
-        progress = setup.progress("backbone", {"gpt": asdict(config), "codebook": codebook})
-        model, _ = train_refiner.train_backbone(
-            config, train, val, codes, setup.device, setup.dtype, seed, make=make, progress=progress
-        )
-        batch, generated = setup.config["refiner"].rollout_batch, {}
-        for split, sentences in tokens.items():
-            generated[split], _ = train_refiner.make_rollouts(model, sentences, setup.autocast, batch)
-    models = models._replace(trained=trained._replace(backbone=model, tokens=tokens, generated=generated))
-    known, refiners = replay(setup, models), {}
-    for name, reads in READ_BY.items():
-        options = {"reads": reads, "steps": setup.config["study"].steps}
-        refiners[name], _ = fit(setup, models, name, *known, seed, **options)
-    return {**score_refiners(setup, models, refiners, seed), "backbone_params": count(model)}
+    if backbone != "gpt":
+        models = with_backbone(setup, models, replace(setup.config["gpt"], **changes), seed, make)
+    return {**fit_readings(setup, models, seed), "backbone_params": count(models.trained.backbone)}
 
 
 def show(cells: list) -> str:

@@ -146,6 +146,23 @@ def replay(setup: Setup, models: SeedModels, reads=READS, first: int | None = No
     return rollouts, target_tokens
 
 
+def with_backbone(
+    setup: Setup, models: SeedModels, config: vsr.GPTConfig, seed: int, make=vsr.GPT
+) -> SeedModels:
+    """A seed's models with another backbone, pretrained on the same sentences, and what that writes."""
+    trained, study, generated = models.trained, setup.config["study"], {}
+    train, val = trained.tokens["train"], trained.tokens["val"]
+    made_with = {"gpt": asdict(config), "codebook": runtime.fingerprint({"codebook": models.codebook})}
+    backbone, _ = train_refiner.train_backbone(
+        config, train, val, len(models.codebook), setup.device, setup.dtype, seed, make=make,
+        progress=setup.progress("backbone", {**made_with, "images": train.shape[1]}),
+    )  # fmt: skip
+    for split, tokens in trained.tokens.items():
+        known = tokens[: study.rollouts], setup.autocast, setup.config["refiner"].rollout_batch
+        generated[split], _ = train_refiner.make_rollouts(backbone, *known)
+    return models._replace(trained=trained._replace(backbone=backbone, generated=generated))
+
+
 def part_of(rollout: Rollout, rows) -> Rollout:
     """Some rows of a rollout; rows: whatever indexes a tensor."""
     return Rollout(*[None if values is None else values[rows] for values in rollout])
@@ -232,6 +249,15 @@ def fit_each(setup: Setup, seed: int, settings: dict) -> dict:
     params = count(models.trained.backbone)
     result = score_refiners(setup, models, refiners, seed)
     return {**result, "cost": cost, "steps": steps, "backbone_params": params}
+
+
+def fit_readings(setup: Setup, models: SeedModels, seed: int) -> dict:
+    """Train the refiners of `READ_BY` for a seed's backbone, and score them."""
+    study, refiners = setup.config["study"], {}
+    known = replay(setup, models, first=study.rollouts)
+    for name, reads in READ_BY.items():
+        refiners[name], _ = fit(setup, models, name, *known, seed, reads, steps=study.steps)
+    return score_refiners(setup, models, refiners, seed)
 
 
 # Scores

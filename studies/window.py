@@ -74,7 +74,7 @@ NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
 def run(setup: Setup, seed: int, kind: str) -> dict:
     if kind == "default":
         models, options = models_of(setup, seed), {"reads": READS}
-        rollouts, target_tokens = replay(setup, models, first=10240)
+        rollouts, target_tokens = replay(setup, models, first=10240)  # as many as in the choice
     else:
         models, _, rollouts, targets, tests, valid, objects = choice.prepare(setup, seed)
         target_tokens, options = targets[choice.TARGETS[1]], {"reads": ("tokens",)}

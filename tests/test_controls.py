@@ -138,7 +138,7 @@ def scored(monkeypatch):
         calls.append(SimpleNamespace(models=models, refiners=refiners, seed=seed, others=others))
         return {"scores": len(calls)}
 
-    for module in (runner, generalize, backbones, demos, rollout, decoding, window, maturity, positions):
+    for module in (runner, generalize, rollout, decoding, window, maturity, positions):
         monkeypatch.setattr(module, "score_refiners", score)
     return calls
 
@@ -832,18 +832,31 @@ def test_positions_are_of_the_models_of_their_scale(setup, scored, monkeypatch, 
 # Studies that measure
 
 
-def test_demonstrations_are_as_many_as_the_cell_says(setup, scored, monkeypatch):
-    models = models_with(Backbone(), train_refiner.READINGS)
+def test_demonstrations_are_as_many_as_the_cell_says(setup, fitted, scored, monkeypatch):
+    """Fewer are the last ones before the query, whose target stays the same."""
+    models, sizes = models_with(Backbone()), []
     calls = give(monkeypatch, models, demos)
-    for setting in demos.SETTINGS:
-        demos.run(setup, 5, **setting)
+
+    def train(config, train, val, codes, device, dtype, seed, make, progress):
+        assert config == replace(setup.config["gpt"], **calls[-1].changes["gpt"])
+        sizes.append((train.shape[1], val.shape[1]))
+        assert torch.equal(train, numbered("train")[:, -train.shape[1] :])
+        return Backbone(2.0), {}
+
+    monkeypatch.setattr(train_refiner, "train_backbone", train)
+    monkeypatch.setattr(demos, "MOST", 1)
+    demos.run(setup, 5, num_demos=1)
+    assert not sizes, "the seed's own backbone"
+    monkeypatch.setattr(demos, "MOST", 3)
+    demos.run(setup, 5, num_demos=0)
+    assert sizes == [(2, 2)]
     assert [call.changes["data"] for call in calls] == [
-        {"num_demos": K, "palette": "sentence"} for K in (1, 2, 3)
+        {"num_demos": K, "palette": "sentence"} for K in (1, 3)
     ]
-    assert len({call.label for call in calls}) == 3
-    assert all(call.readings == train_refiner.READINGS for call in calls)
-    refiners = dict(zip(tuple(runner.READ_BY), models.trained.refiners.values(), strict=True))
-    assert all(call.refiners == refiners for call in scored)
+    assert {call.label for call in calls} == {"demos"}
+    assert [call.models.test["tokens"].shape[1] for call in scored] == [4, 2]
+    assert all(torch.equal(call.models.test["tokens"][:, -1], numbered("test")[:, -1]) for call in scored)
+    assert fitted.keys() == runner.READ_BY.keys()
 
 
 PLACES = 16
