@@ -394,6 +394,10 @@ class Trained(NamedTuple):
     logs: dict  # {stage: its log}
     seconds: dict  # {stage: wall time}
 
+    def written_for(self, split: str) -> torch.Tensor:
+        """The sentences of a split that the backbone wrote an image for, as many as `generated` has."""
+        return self.tokens[split][: len(self.generated[split])]
+
 
 def train_models(out: Path, config, readings, sentences, device, dtype, seed, fresh=None, compile=False):
     """Stages 1 to 4, for configurations {"data", "vqgan", "gpt", "refiner"} -> `Trained`.

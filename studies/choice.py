@@ -142,7 +142,7 @@ def prepare(setup: Setup, seed: int) -> Choice:
     rollouts, target_tokens = replay(setup, models, ("query",))
     targets = {TARGETS[0]: target_tokens, TARGETS[1]: {}}
     for split, rollout in rollouts.items():
-        tokens = models.trained.tokens[split][: len(rollout.tokens)]
+        tokens = models.trained.written_for(split)
         half, generator = len(tokens) // 2, torch.Generator().manual_seed(seed)
         sampled = generate_all(setup, backbone, tokens[half:], 1.0, generator).tokens
         y, valid = torch.cat([rollout.tokens[:half], sampled]), valid_answers(split, len(tokens))

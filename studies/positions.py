@@ -49,7 +49,7 @@ def run(setup: Setup, seed: int, scale: int) -> dict:
     models = models_of(setup, seed, train_refiner.READINGS, label, changes)
     setup = replace(setup, config=config)
     trained = models.trained
-    known = (trained.tokens["train"][: len(trained.generated["train"])], trained.generated["train"])
+    known = (trained.written_for("train"), trained.generated["train"])
     batch_size, refiner = config["gpt"].batch_size, config["refiner"]
     budget = equal_steps(setup, models, refiner.rollouts, refiner.steps, batch_size)
     lora, tried, _ = tuned_at_best(setup, LORA, models, known, budget[LORA], batch_size, seed)

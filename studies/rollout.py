@@ -86,7 +86,7 @@ def run(setup: Setup, seed: int) -> dict:
     inputs = {name: {} for name in INPUTS}
     for split, rollout in rollouts.items():
         y = rollout.tokens
-        forced = force_all(setup, backbone, models.trained.tokens[split][: len(y)])
+        forced = force_all(setup, backbone, models.trained.written_for(split))
         half = torch.rand(len(y), 1, generator=generator) < 0.5
         changed = {
             "random corruption": corrupt(target_tokens[split], rate, V, generator),

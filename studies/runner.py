@@ -140,7 +140,7 @@ def replay(setup: Setup, models: SeedModels, reads=READS, first: int | None = No
     """
     trained, rollouts, target_tokens = models.trained, {}, {}
     for split, generated in trained.generated.items():
-        known = trained.tokens[split][: len(generated)][:first], generated[:first]
+        known = trained.written_for(split)[:first], generated[:first]
         rollouts[split] = train_refiner.replay_rollouts(trained.backbone, *known, reads, setup.autocast)
         target_tokens[split] = known[0][:, -1]
     return rollouts, target_tokens
