@@ -258,8 +258,8 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
     progress: None, or (file, configuration). Every `every` steps the file gets all that the loop changes:
     `parts` ({name: module, optimizer or generator}), the log and torch's random state. If it is there at
     the start, all of it is put back, and the weights at the end are those of a training that was not
-    interrupted: on a CPU bit for bit, on a GPU up to rounding, and not with dropout. log["seconds"]: how long
-    they took, in all attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt.
+    interrupted: on a CPU bit for bit, on a GPU up to rounding. log["seconds"]: how long they took, in all
+    attempts. The first Ctrl-C lets the step end, saves, and raises KeyboardInterrupt.
     Raises UserError for another configuration, and for weights that are not finite: they are not saved.
     """
     log["seconds"], first = 0.0, 0
@@ -284,7 +284,8 @@ def training_steps(name: str, steps: int, log: dict, parts: dict, progress=None,
                 log["seconds"] = time.perf_counter() - began
                 stops, due = interrupted.is_set(), step % every == every - 1
                 if progress and is_first() and (stops or due) and finite():
-                    content = {"config": progress[1], "step": step + 1, "random": torch.get_rng_state()}
+                    content = {"config": progress[1], "step": step + 1}
+                    content["random"] = [source.get_rng_state() for source in random_sources(parts)]
                     content["parts"] = {key: state_of(part) for key, part in parts.items()}
                     save(progress[0], {**content, "log": log})
                     saved = step + 1
@@ -304,6 +305,13 @@ def state_of(part) -> dict | torch.Tensor:
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
+def random_sources(parts: dict) -> list:
+    """What a training draws from beside its generators: torch, and the GPU that its modules are on."""
+    modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    kinds = {parameter.device.type for module in modules for parameter in module.parameters()}
+    return [torch, *map(torch.get_device_module, kinds - {"cpu"})]
+
+
 def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
     """Put the saved state of a training back into its log and parts; returns the steps that are done."""
     saved = load_checkpoint(path)
@@ -312,7 +320,9 @@ def resume(name: str, log: dict, parts: dict, path: Path, config: dict) -> int:
         for key, part in parts.items():
             load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
             load(saved["parts"][key])
-        torch.set_rng_state(saved["random"])
+        # Not strict: a training may go on on another device
+        for source, state in zip(random_sources(parts), saved["random"], strict=False):
+            source.set_rng_state(state)
         log.update(saved["log"])
         return saved["step"]
     except (KeyError, TypeError, ValueError, RuntimeError):  # of another version

@@ -143,8 +143,9 @@ def main():
                     with contextlib.redirect_stdout(io.StringIO()):  # which stages are reused
                         result = STUDIES[name].run(replace(setup, unfinished=folder), **cell)
                     with runtime.locked(work, "--work", wait=True):
+                        made = {"cell": cell, "device": device.type}
                         others = [kept for kept in cells_of(name) if kept["cell"] != cell]
-                        save(out, name, config_of(name), [*others, {"cell": cell, **rounded(result)}])
+                        save(out, name, config_of(name), [*others, {**made, **rounded(result)}])
                 shutil.rmtree(folder, ignore_errors=True)
             bar.update(STUDIES[name].MINUTES)
 

@@ -39,6 +39,7 @@ BATCH = 16  # half of the default: what can be trained to its plateau within hou
 WIDER_UP_TO = 700
 SAMPLED = ("likeliest of n", "consensus of n")
 METHODS = (*runner.READ_BY, *TUNED, "wider backbone", *SAMPLED)
+COMPARED = [(method_name(OURS), rival) for rival in ("parallel", *TUNED[1:], SAMPLED[0])]
 
 
 class Fresh:
@@ -149,18 +150,26 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
     return {**result, "val_loss": dict(zip(log["val_step"], log["val_loss"], strict=True))}
 
 
-def middle_seconds(cells: list) -> dict:
-    """{stage: its median over seeds}."""
-    return {name: statistics.median(cell["seconds"][name] for cell in cells) for name in cells[0]["seconds"]}
+def seconds_lines(cells: list) -> list:
+    """The seconds of each stage, medians over the seeds of a device."""
+    by_device = {}
+    for cell in cells:
+        by_device.setdefault(cell["device"], []).append(cell["seconds"])
+    lines = []
+    for device, seeds in by_device.items():
+        middle = {name: statistics.median(seconds[name] for seconds in seeds) for name in seeds[0]}
+        stages = ", ".join(f"{name} {value:,.0f}" for name, value in middle.items())
+        lines.append(f"seconds, {device}: {stages}")
+    return lines
 
 
 def errors_tried(cells: list) -> dict:
-    """{rival: the errors of its rates or temperatures on validation sentences, by seed}."""
+    """{rival: the errors of its rates or temperatures on validation sentences, by seed; - if not tried}."""
     texts = {}
     for name in cells[0]["tried"]:
         by_seed = [{float(x): error for x, error in cell["tried"][name].items()} for cell in cells]
         settings = sorted(set().union(*by_seed))
-        found = {x: [f"{tried[x]:.4f}" for tried in by_seed if x in tried] for x in settings}
+        found = {x: [f"{tried[x]:.4f}" if x in tried else "-" for tried in by_seed] for x in settings}
         texts[name] = "; ".join(f"{x:.2g}: {', '.join(errors)}" for x, errors in found.items())
     return texts
 
@@ -177,8 +186,8 @@ def show(cells: list) -> str:
             f"error of rollouts that refiners learn from {own[0]}; of validation {own[1]}",
             *(f"validation errors, {name}: {errors}" for name, errors in errors_tried(group).items()),
             "steps of rivals: " + ", ".join(f"{kind} {n}" for kind, n in group[0]["budget"].items()),
-            "seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in middle_seconds(group).items()),
-            report.measures_table(group, methods),
+            *seconds_lines(group),
+            report.measures_table(group, methods, differences=COMPARED),
             "",
         ]
     return "\n".join(lines[:-1])

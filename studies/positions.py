@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 import evaluate
 import train_refiner
-from evaluate import by_method
+from evaluate import by_method, method_name
 from studies import report
 from studies.report import GROUPS, estimate
-from studies.runner import READ_BY, Setup, at_most, force_all, generate_all, models_of, score_refiners
+from studies.runner import OURS, READ_BY, Setup, at_most, force_all, generate_all, models_of, score_refiners
 from studies.tuning import TUNED, equal_steps, tuned_at_best
 
 MINUTES = 40
@@ -36,6 +36,7 @@ LARGER = {
 }
 LORA = TUNED[1]
 ROWS = ("ar_greedy", LORA, *READ_BY)
+COMPARED = [(method_name(OURS), rival) for rival in (LORA, "parallel")] + [(method_name("tokens"), LORA)]
 LATE = 160 / 256  # of the sequence: where the paper sees errors grow
 
 
@@ -90,7 +91,7 @@ def show(cells: list) -> str:
             sums = [more[:, part].sum(1).tolist() for part in parts.values()]
             row = [estimate(list(map(report.share, values, whole))) for values in sums]
             lines.append(f"{method:26}" + "".join(f"{text:>26}" for text in row))
-        lines += ["", f"{N} tokens: {report.measures_table(group, ROWS[1:])}"]
+        lines += ["", f"{N} tokens: {report.measures_table(group, ROWS[1:], differences=COMPARED)}"]
     return "\n".join(lines)
 
 

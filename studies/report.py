@@ -106,19 +106,31 @@ MEASURES = {
 OF_BOTH = ("exposure removed", "base error removed")  # need a method's output for the teacher-forced one too
 
 
-def measures_table(cells: list, methods, groups=("all",)) -> str:
-    """All measures of what repairs, for each method and group: means over seeds, with t intervals."""
-    width = max(map(len, methods)) + 2
+def measures_table(cells: list, methods, groups=("all",), differences=()) -> str:
+    """All measures of what repairs, for each method and group: means over seeds, with t intervals.
+
+    differences: pairs of methods; for all tasks, what the first has more than the second within a seed.
+    """
+    width = max(len(" - ".join(row)) for row in [*((method,) for method in methods), *differences]) + 2
+    heads = "".join(f"{name:>26}" for name in MEASURES)
+
+    def row(*compared: str, group: str = "all") -> str:
+        refined = all(method + evaluate.OF_FORCED in cells[0]["scores"] for method in compared)
+        text = f"{' - '.join(compared):{width}}"
+        for name, measure in MEASURES.items():
+            if name in OF_BOTH and not refined:
+                text += " " * 26
+                continue
+            by_method = [measure(cells, method, group) for method in compared]
+            values = [first - sum(second) for first, *second in zip(*by_method, strict=True)]
+            text += f"{estimate(values, 3 if name.startswith('tokens') else 2):>26}"
+        return text.rstrip()
+
     lines = [f"{of_seeds(cells)}; what is gained is over greedy decoding"]
     for group in groups:
-        lines += ["", f"{group:{width}}" + "".join(f"{name:>26}" for name in MEASURES)]
-        for method in methods:
-            row, refined = [], method + evaluate.OF_FORCED in cells[0]["scores"]
-            for name, values in MEASURES.items():
-                known = refined or name not in OF_BOTH
-                digits = 3 if name.startswith("tokens") else 2
-                row.append(estimate(values(cells, method, group), digits) if known else "")
-            lines.append((f"{method:{width}}" + "".join(f"{text:>26}" for text in row)).rstrip())
+        lines += ["", f"{group:{width}}{heads}", *(row(method, group=group) for method in methods)]
+    if differences:
+        lines += ["", f"{'differences, all':{width}}{heads}", *(row(*pair) for pair in differences)]
     return "\n".join(lines)
 
 

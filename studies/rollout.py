@@ -46,6 +46,8 @@ METHODS = (
     *WITH_CROSS_ENTROPY,
     *(f"{method_name(reading)}, {name}" for reading in READINGS for name in INPUTS),
 )
+COMPARED = [(method_name(OURS) + loss, "parallel" + loss) for loss in ("", ", cross-entropy")]
+COMPARED += [(name, f"{name}, {given}") for name in map(method_name, READINGS) for given in INPUTS[:3]]
 
 
 class Scaled(vsr.Refiner):
@@ -132,7 +134,7 @@ def right_alone(cell: dict, greedy_right: bool) -> tuple[float, float]:
 
 
 def show(cells: list) -> str:
-    lines = [report.measures_table(cells, METHODS, GROUPS), ""]
+    lines = [report.measures_table(cells, METHODS, GROUPS, COMPARED), ""]
     heads = [f"of those it gets {what}" for what in ("right", "wrong")]
     lines.append(f"{'tokens, beside greedy decoding':46}" + "".join(f"{head:>26}" for head in heads))
 

@@ -69,6 +69,8 @@ def name_of(radius: int | None, start: str) -> str:
 
 
 NAMES = [name_of(radius, start) for start in STARTS for radius in RADII]
+COMPARED = [(name_of(None, start), name_of(1, start)) for start in STARTS]
+COMPARED.append((name_of(1, STARTS[0]), name_of(1, STARTS[1])))
 
 
 def run(setup: Setup, seed: int, kind: str) -> dict:
@@ -96,7 +98,10 @@ def run(setup: Setup, seed: int, kind: str) -> dict:
 def show(cells: list) -> str:
     lines = []
     for kind, group in report.by_setting(cells, "kind").items():
-        table = report.measures_table(group, NAMES) if kind == "default" else choice.show(group)
+        if kind == "default":
+            table = report.measures_table(group, NAMES, differences=COMPARED)
+        else:
+            table = choice.show(group)
         lines += [f"{kind} data", table, ""]
     return "\n".join(lines[:-1])
 

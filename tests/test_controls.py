@@ -1034,7 +1034,7 @@ def make_cells(seed: int = 0, count: int = 3, **more) -> list:
                 score |= {"psnr": some(10, 30), "ssim": some(0, 1)}
                 score["cosine_error_by_position"] = [some(0, 1) for _ in range(N)]
                 scores.setdefault(method, {})[group] = score
-        cells.append({"cell": {"seed": number}, "scores": scores, **more})
+        cells.append({"cell": {"seed": number}, "device": "cpu", "scores": scores, **more})
     return cells
 
 
@@ -1083,7 +1083,9 @@ def mean(cells, measure, *which) -> float:
 
 def row_of(text: str, name: str, number: int = 0) -> list:
     """The numbers in the number-th line of a table that begins with a name."""
-    found = [line[len(name) :] for line in text.splitlines() if re.match(re.escape(name) + r"(\s|$)", line)]
+    found = [
+        line[len(name) :] for line in text.splitlines() if re.match(re.escape(name) + r"(?! - )(\s|$)", line)
+    ]
     return [float(x.replace(",", "")) for x in re.findall(r"-?\d[\d,]*\.?\d*", found[number])]
 
 
@@ -1124,7 +1126,10 @@ def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix(monkeyp
         assert torch.allclose(found, part.expand(2, 16), atol=1e-6), method
     thirds = [sum(range(5)), sum(range(5, 10)), sum(range(10, 16)), sum(range(10, 16))]
     shares = [1.0, *(part / 120 for part in thirds)]
-    measures = lambda cells, rows: f"measures of scale {cells[0]['cell']['scale']}: {' '.join(rows)}"  # noqa: E731
+
+    def measures(cells, rows, differences):
+        return f"measures of scale {cells[0]['cell']['scale']}: {' '.join(rows)}"
+
     monkeypatch.setattr(report, "measures_table", measures)
     text = positions.show([*accumulating(2, {**more, "ar_greedy": 2 * rising}), *cells])
     expected = {"ar_greedy": shares, positions.LORA: [x / 2 for x in shares], "refined_tokens": [0.0] * 5}
@@ -1173,6 +1178,27 @@ def test_what_needs_a_teacher_forced_row_is_blank_without_one():
     assert known[1][1:3] == ["", ""]
     assert known[1][0] == report.estimate(report.gaps(cells, "likeliest of n", "all"))
     assert known[1][4] == report.estimate(over(cells, gain_of, "likeliest of n", "all"))
+
+
+def test_a_difference_is_taken_within_a_seed():
+    """Its interval is that of the seeds' differences: here the same one in each, whatever the seeds are."""
+    cells = make_cells()
+    for cell in cells:
+        for name in ("", OF_FORCED):
+            greedy, forced = (
+                cell["scores"][row]["all"]["cosine_error"] for row in ("ar_greedy", "teacher_forced")
+            )
+            for method, part in (("refined_tokens", 0.25), ("parallel", 0.75)):
+                cell["scores"][method + name]["all"]["cosine_error"] = greedy - part * (greedy - forced)
+    pairs = [("parallel", "refined_tokens"), ("refined_tokens", "parallel"), ("parallel", "likeliest of n")]
+    text = report.measures_table(cells, ("parallel",), GROUPS, pairs)
+    assert row_of(text, "parallel - refined_tokens")[:6] == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]
+    assert row_of(text, "refined_tokens - parallel")[:3] == [-0.5, -0.5, -0.5]
+    gains = [over(cells, gain_of, method, "all", "psnr") for method in pairs[0]]
+    apart = [a - b for a, b in zip(*gains, strict=True)]
+    expected = [statistics.fmean(apart), *report.t_interval(apart)]
+    assert row_of(text, "parallel - refined_tokens")[-3:] == pytest.approx(expected, abs=0.006)
+    assert len(row_of(text, "parallel - likeliest of n")) == 9, "no exposure of what writes no second image"
 
 
 def test_the_line_of_a_backbone_is_of_its_own_decoding():
@@ -1249,8 +1275,12 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
                 "budget": {"a": number + 5, "b": 3},
                 "tried": {"LoRA": {"0.1": 0.5 + number, "0.033333": 0.7}},
                 "seconds": {"pretraining": 1000.0 * (number + 1), "a": 2.0},
+                "device": "cpu",
                 "rollout_error": {"train": 0.5 + number, "val": 0.25},
             }
+            if cell is cells[-1]:  # on another device, with a rate that the others did not need
+                cell |= {"device": "cuda", "seconds": {"pretraining": 9.0, "a": 1.0}}
+                cell["tried"] = {"LoRA": {**cell["tried"]["LoRA"], "0.9": 0.4}}
             if steps == 11200:
                 cell["scores"] = {m: s for m, s in cell["scores"].items() if m != "wider backbone"}
     text = maturity.show(mixed(groups))
@@ -1259,8 +1289,10 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
         errors = (
             rf"error of .* from {', '.join(len(cells) * [f'{0.5 + number:.4f}'])}; of validation 0.2500, "
         )
-        steps_of = rf"steps of rivals: a {number + 5}, b 3\nseconds: pretraining {number + 1},000, a 2\n"
+        steps_of = rf"steps of rivals: a {number + 5}, b 3\n"
+        steps_of += rf"seconds, cpu: pretraining {number + 1},000, a 2\nseconds, cuda: pretraining 9, a 1\n"
         found = ["0.033: 0.7000, 0.7000, 0.7000", f"0.1: {', '.join(3 * [f'{0.5 + number:.4f}'])}"]
+        found.append("0.9: -, -, 0.4000")
         assert re.search(rf"{errors}.*\nvalidation errors, LoRA: {'; '.join(found)}\n{steps_of}", text)
         for method in maturity.METHODS:
             if method != "wider backbone" or steps == 700:

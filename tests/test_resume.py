@@ -29,17 +29,18 @@ SHORT = """
 REFINER = "refiner_tokens+query"
 
 
-def train(progress, steps=40, every=10, meanwhile=lambda step, model: None):
+def train(progress, steps=40, every=10, meanwhile=lambda step, model: None, device="cpu"):
     """A training with all that has a state: weights, a buffer, moments, batches, dropout."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model.register_buffer("seen", torch.zeros(()))
     log = {"loss": []}
     parts = {"model": model, "optimizer": optimizer, "generator": generator}
     for step in runtime.training_steps("trial", steps, log, parts, progress, every):
-        loss = model(torch.randn(16, 4, generator=generator)).square().mean()
+        loss = model(torch.randn(16, 4, generator=generator).to(device)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -67,6 +68,16 @@ def test_a_training_goes_on_as_if_nothing_had_happened(tmp_path, when):
     resumed = train(progress, meanwhile=lambda step, model: steps.append(step))
     assert steps[0] == when // 10 * 10  # no more than the steps since the last save are lost
     assert all(torch.equal(a, b) for a, b in zip(resumed, train(None), strict=True))
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+def test_dropout_on_a_gpu_goes_on_as_well(tmp_path):
+    """Up to rounding: other masks would change the losses by half of themselves."""
+    progress, device = (tmp_path / "trial.progress", {"rate": 0.1}), torch.accelerator.current_accelerator()
+    with pytest.raises(RuntimeError):
+        train(progress, meanwhile=fail_at(25), device=device)
+    for a, b in zip(train(progress, device=device), train(None, device=device), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_rollouts_go_on_and_their_seconds_are_those_of_all_attempts(tmp_path):

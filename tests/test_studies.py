@@ -93,6 +93,7 @@ def test_every_study_writes_a_picture_and_a_table_of_all_its_cells(finished):
         assert (finished.out / f"{name}.png").stat().st_size > 5000
         assert len(result["table"]) > 2
         assert len(result["cells"]) == {"demos": 2, "maturity": 1}.get(name, len(study.SETTINGS))
+        assert {cell["device"] for cell in result["cells"]} == {"cpu"}
 
 
 def test_every_study_says_what_it_asks():
