@@ -91,7 +91,8 @@ def show(cells: list) -> str:
             sums = [more[:, part].sum(1).tolist() for part in parts.values()]
             row = [estimate(list(map(report.share, values, whole))) for values in sums]
             lines.append(f"{method:26}" + "".join(f"{text:>26}" for text in row))
-        lines += ["", f"{N} tokens: {report.measures_table(group, ROWS[1:], differences=COMPARED)}"]
+        lines += ["", f"{N} tokens: {report.backbone_line(group)}"]
+        lines.append(report.measures_table(group, ROWS[1:], differences=COMPARED))
     return "\n".join(lines)
 
 

@@ -1131,6 +1131,9 @@ def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix(monkeyp
         return f"measures of scale {cells[0]['cell']['scale']}: {' '.join(rows)}"
 
     monkeypatch.setattr(report, "measures_table", measures)
+    monkeypatch.setattr(
+        report, "backbone_line", lambda cells: f"backbone of scale {cells[0]['cell']['scale']}"
+    )
     text = positions.show([*accumulating(2, {**more, "ar_greedy": 2 * rising}), *cells])
     expected = {"ar_greedy": shares, positions.LORA: [x / 2 for x in shares], "refined_tokens": [0.0] * 5}
     expected |= {f"refined_{OURS}": [45 / 120, 10 / 120, 35 / 120, 0.0, 0.0]}
@@ -1140,7 +1143,8 @@ def test_what_accumulates_is_the_error_beyond_that_after_the_true_prefix(monkeyp
         assert row_of(text, method, 1)[::3] == pytest.approx(halved, abs=0.006), "of its own scale"
     assert "from 10 on" in text
     for scale in (1, 2):
-        assert f"16 tokens: measures of scale {scale}: {' '.join(positions.ROWS[1:])}\n" in f"{text}\n"
+        measured = f"measures of scale {scale}: {' '.join(positions.ROWS[1:])}"
+        assert f"16 tokens: backbone of scale {scale}\n{measured}\n" in f"{text}\n"
 
 
 # Tables
