@@ -3,7 +3,7 @@
 With one truth, the best answer is a function of the prompt, and nobody needs to know what was written. Here
 nothing tells the hue of a scene (`studies/hues.py`), but both objects have the same one: six answers
 are valid, and the backbone chooses one while it writes. Every image is compared with the valid answer nearest
-to it. Stated before it was run:
+to it. Stated before it was run (the kept hue, and greedy decoding as a rival: before the second run):
 
     sampled                     chooses among the hues, and sometimes changes its mind within an image
     greedy                      chooses too, and is coherent more often

@@ -3,9 +3,9 @@
 The backbones of the toy see each sentence about twice. Here every step has sentences that nobody has had
 before, for 700, 2,800 and 11,200 steps of 16, and refiners learn from rollouts on further sentences. (Their
 scenes may come again: some 0.6 million are possible.) Rivals spend what the refiner costs, in operations, on
-the backbone itself: further pretraining, a wider backbone (after 700 steps only: it would take hours), and
-tuning (LoRA, or all weights) on its own rollouts as prefix with the true targets. That of the best rate is
-counted, not the search for it. Stated before it was run:
+the backbone itself: further pretraining, a wider backbone (after 700 steps only: on a CPU it would take
+hours), and tuning (LoRA, or all weights) on its own rollouts as prefix with the true targets. That of the
+best rate is counted, not the search for it. Stated before it was run:
 
     for refinement      at every maturity it leaves less error than greedy decoding and than the rivals, and
                         removes exposure error, not only error that is made on the true prefix too

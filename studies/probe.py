@@ -6,7 +6,7 @@ and in tokens that are wrong. That is a grosser mistake than most that a backbon
 token that greedy decoding gets wrong, against the rollout that goes on from the true token in its place.
 Stated before it was run: for repair speaks damage that is smaller after refining, for both kinds and in both
 measures; against it, damage that stays, or that is taken back for forced tokens only, or in error only: then
-it is hedging.
+it is hedging. (The second measure, and this last clause, came after notebook 2.)
 """
 
 import statistics
