@@ -42,7 +42,7 @@ def show(cells: list) -> str:
         for method in ("teacher_forced", "ar_greedy"):
             row = [estimate(values_of(group, method, name, "token_accuracy"), 3) for name in GROUPS]
             lines.append(f"{f'{method}, right':24}" + "".join(f"{text:>26}" for text in row))
-        lines += report.measures_table(group, tuple(READ_BY)).splitlines()
+        lines += report.measures_table(group, tuple(READ_BY), GROUPS[:2]).splitlines()
     return "\n".join(lines)
 
 
