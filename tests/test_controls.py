@@ -1260,8 +1260,9 @@ def test_rows_by_setting_are_of_the_cells_of_that_setting():
             row = [x for group in GROUPS for x in interval_of(cells, error_of, method, group, measure)]
             assert row_of(text, f"{method}, right", number) == pytest.approx(row, abs=6e-4)
         for method in runner.READ_BY:
-            row = measures_of(cells, method, "all")
-            assert row_of(text, method, number) == pytest.approx(row, abs=0.006)
+            for place, group in enumerate(("all", "colorize")):  # the task that needs the palette
+                row = measures_of(cells, method, group)
+                assert row_of(text, method, 2 * number + place) == pytest.approx(row, abs=0.006)
     assert [line[:5] for line in text.splitlines() if line.startswith("K = ")] == ["K = 1", "K = 2", "K = 3"]
 
     groups = settings_cells("backbone", ("gpt", "gru"))
