@@ -152,11 +152,9 @@ def run(setup: Setup, seed: int, steps: int) -> dict:
 
 def seconds_lines(cells: list) -> list:
     """The seconds of each stage, medians over the seeds of a device."""
-    by_device = {}
-    for cell in cells:
-        by_device.setdefault(cell["device"], []).append(cell["seconds"])
     lines = []
-    for device, seeds in by_device.items():
+    for device in dict.fromkeys(cell["device"] for cell in cells):
+        seeds = [cell["seconds"] for cell in cells if cell["device"] == device]
         middle = {name: statistics.median(seconds[name] for seconds in seeds) for name in seeds[0]}
         stages = ", ".join(f"{name} {value:,.0f}" for name, value in middle.items())
         lines.append(f"seconds, {device}: {stages}")

@@ -115,6 +115,7 @@ def measures_table(cells: list, methods, groups=("all",), differences=()) -> str
     heads = "".join(f"{name:>26}" for name in MEASURES)
 
     def row(*compared: str, group: str = "all") -> str:
+        """Of a method; or of two, the first minus the second."""
         refined = all(method + evaluate.OF_FORCED in cells[0]["scores"] for method in compared)
         text = f"{' - '.join(compared):{width}}"
         for name, measure in MEASURES.items():
